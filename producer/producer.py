@@ -1,0 +1,310 @@
+"""The producer: submits requests to the pipeline and hands out what becomes of them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import (
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Mapping,
+    Sequence,
+)
+from functools import partial
+from types import TracebackType
+from typing import Self, TypeAlias, TypeVar
+
+from redis.exceptions import RedisError
+
+from producer.completions import Completions
+from producer.handle import Enqueued, RequestHandle
+from producer.many import submit_many
+from producer.stream_reader import StreamReader
+from wire.client import connect, is_transient, ping, redis_errors
+from wire.codec import MAX_MESSAGE_BYTES, encode
+from wire.errors import IntakeFull, InvalidRequest
+from wire.ids import RequestId, token_ids
+from wire.keys import Keys, check_name, check_request_id
+from wire.messages import DEFAULT_TENANT, ChatMessage, Priority, Prompt, Request, Result
+from wire.records import ending
+from wire.sampling import SamplingParams
+from wire.scripts import Scripts, Submission, SubmitOutcome
+from wire.streams import Entry
+
+DEFAULT_URL = "redis://127.0.0.1:6379/0"
+DEFAULT_NAMESPACE = "forebay"
+DEFAULT_RESULT_TTL_S = 3600.0
+DEFAULT_MAX_QUEUED = 100_000
+DEFAULT_PATIENCE_S = 30.0
+
+MAX_REQUEST_BYTES = MAX_MESSAGE_BYTES // 4
+RETRY_AFTER_S = 1.0
+_FIRST_RETRY_S = 0.05
+
+Message: TypeAlias = ChatMessage | Mapping[str, str]
+Returned = TypeVar("Returned")
+
+
+class Producer:
+    """Submits requests; use it as `async with Producer(url) as producer:`.
+
+    `url` names the server (redis://, rediss:// or unix://). `results` names a results stream that
+    consumers share; without it this producer has one of its own. `max_queued` bounds the queue
+    (and the unread results); above it a submission is refused with IntakeFull. Results can be
+    read for `result_ttl_s` seconds after the end. When the server goes away, calls try again for
+    `patience_s` seconds, then raise ServerUnreachable.
+    """
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        namespace: str = DEFAULT_NAMESPACE,
+        results: str | None = None,
+        max_queued: int = DEFAULT_MAX_QUEUED,
+        result_ttl_s: float = DEFAULT_RESULT_TTL_S,
+        patience_s: float = DEFAULT_PATIENCE_S,
+    ) -> None:
+        self._url = url
+        self._producer_id = os.urandom(8).hex()
+        self._reply_to = check_name("results", results) if results else self._producer_id
+        self._max_queued = max_queued
+        self._result_ttl_ms = int(result_ttl_s * 1000)
+        self._patience_s = patience_s
+        self._keys = Keys(namespace)
+        self._client = connect(url)
+        self._blocking_client = connect(url, blocking=True)
+        self._scripts = Scripts(self._client, self._keys)
+        self._reader = StreamReader(
+            self._client,
+            self._blocking_client,
+            url,
+            self._keys.bell(self._producer_id),
+            patience_s=patience_s,
+        )
+        self._completions = Completions(
+            self._client,
+            self._keys,
+            self._reader,
+            None if results else self._keys.results(self._producer_id),
+        )
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Self:
+        """Check that the server answers. Raises ServerUnreachable."""
+        try:
+            await ping(self._client, self._url)
+        except BaseException:
+            await self._close_clients()
+            raise
+        loop = asyncio.get_running_loop()
+        self._tasks.append(loop.create_task(self._reader.run(), name="stream_reader"))
+        if self._completions.has_own_stream:
+            self._tasks.append(loop.create_task(self._completions.run(), name="completions"))
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the connections. What was submitted goes on."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._close_clients()
+
+    async def _close_clients(self) -> None:
+        await self._client.aclose()
+        await self._blocking_client.aclose()
+
+    async def submit(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        *,
+        messages: Sequence[Message] | None = None,
+        sampling: SamplingParams | None = None,
+        request_id: str | None = None,
+        model: str | None = None,
+        priority: Priority = "standard",
+        tenant: str = DEFAULT_TENANT,
+        stream: bool = False,
+        timeout_s: float | None = None,
+        wait: bool = False,
+    ) -> RequestHandle:
+        """Submit one request: a prompt (text or token ids) to continue, or a conversation.
+
+        `request_id` is yours to choose: submitting the same id again returns a handle to the first
+        submission. `timeout_s` ends the request as expired that long after its submission.
+        `stream` has tokens written as they come. `wait` waits while the intake is full.
+        Raises InvalidRequest, IntakeFull, ServerUnreachable.
+        """
+        request = Request(
+            request_id=check_request_id(request_id) if request_id else new_request_id(),
+            prompt=make_prompt(prompt, messages),
+            sampling=sampling or SamplingParams(),
+            model=model,
+            priority=priority,
+            tenant=tenant,
+            stream=stream,
+            timeout_s=timeout_s,
+        )
+        while True:
+            [accepted] = await self.enqueue([request])
+            if accepted.outcome != "full":
+                return RequestHandle(self, accepted)
+            if not wait:
+                raise IntakeFull(
+                    f"the queue is at its limit of {self._max_queued} requests, or as many results "
+                    f"wait to be read; try again in {RETRY_AFTER_S:g} s",
+                    retry_after_s=RETRY_AFTER_S,
+                )
+            await asyncio.sleep(RETRY_AFTER_S)
+
+    def submit_many(
+        self,
+        requests: Iterable[Request] | AsyncIterable[Request],
+        *,
+        max_in_flight: int = 256,
+        forget: bool = False,
+    ) -> AsyncIterator[Result]:
+        """Submit many requests and yield their results in the order in which they end.
+
+        At most `max_in_flight` are submitted and not yet yielded, so that `requests` may be
+        endless. Each result comes once, whatever its state; nothing is raised for a single
+        request's failure. `forget` deletes each from the server once it was yielded, instead of
+        keeping it for its time to live. Leaving the iteration early cancels what is in flight.
+        """
+        return submit_many(self, requests, max_in_flight=max_in_flight, forget=forget)
+
+    async def enqueue(self, requests: Sequence[Request]) -> list[Enqueued]:
+        """Submit in one round trip: for each, whether it is new, known already, or refused."""
+        submissions = [_submission(request) for request in requests]
+        # Registered first: a result may be there before the submission's reply is.
+        futures = [self._completions.expect(request.request_id) for request in requests]
+
+        async def call() -> list[SubmitOutcome]:
+            return await self._scripts.submit(
+                submissions,
+                reply_to=self._reply_to,
+                result_ttl_ms=self._result_ttl_ms,
+                max_queued=self._max_queued,
+                max_unread=self._max_queued,
+            )
+
+        outcomes = await self.persist(call)
+        return [
+            Enqueued(
+                request.request_id,
+                outcome,
+                # Known: its end is told elsewhere, or was told long ago; the journal knows. (It
+                # looks like that, too, when only the reply to a first try was lost.)
+                future if outcome == "new" and self._completions.has_own_stream else None,
+            )
+            for request, outcome, future in zip(requests, outcomes, futures, strict=True)
+        ]
+
+    async def wait_for(self, enqueued: Enqueued) -> Result:
+        """The result of a request, once it has ended."""
+        with redis_errors(self._url):
+            if enqueued.result is None:
+                return await self._completions.by_journal(enqueued.request_id)
+            return await asyncio.shield(enqueued.result)
+
+    async def journal_entries(self, request_id: RequestId, after: bytes) -> list[Entry]:
+        """The next entries of a request's journal behind the id `after`, at least one."""
+        return await self._reader.next_entries(self._keys.journal(request_id), after)
+
+    async def cancel(self, *request_ids: RequestId) -> None:
+        """Ask for requests to be stopped; those that have ended already stay as they are."""
+        result = encode(ending("cancelled"))
+        for request_id in request_ids:
+            await self.persist(partial(self._scripts.cancel, request_id, result))
+
+    async def delete(self, *request_ids: RequestId) -> None:
+        """Delete ended requests from the server, ahead of their time to live."""
+        names = [self._keys.request(rid) for rid in request_ids]
+        names += [self._keys.journal(rid) for rid in request_ids]
+        await self.persist(lambda: self._client.unlink(*names))
+
+    async def persist(self, call: Callable[[], Awaitable[Returned]]) -> Returned:
+        """Make a call that may be repeated, again and again while the server is away.
+
+        Raises ServerUnreachable after `patience_s`.
+        """
+        give_up_s, delay_s = time.monotonic() + self._patience_s, _FIRST_RETRY_S
+        with redis_errors(self._url):
+            while True:
+                try:
+                    return await call()
+                except RedisError as error:
+                    if not is_transient(error) or time.monotonic() + delay_s > give_up_s:
+                        raise
+                await asyncio.sleep(delay_s)
+                delay_s = min(2 * delay_s, 2.0)
+
+
+def new_request_id() -> RequestId:
+    """A random id."""
+    return RequestId(os.urandom(12).hex())
+
+
+def make_prompt(prompt: str | Sequence[int] | None, messages: Sequence[Message] | None) -> Prompt:
+    """A prompt from what callers give. Raises InvalidRequest, naming the field."""
+    if (prompt is None) == (messages is None):
+        raise InvalidRequest("give either a prompt or messages", field="prompt")
+    if messages is not None:
+        if not messages:
+            raise InvalidRequest("messages is empty; give at least one", field="messages")
+        return Prompt(messages=tuple(_chat_message(i, m) for i, m in enumerate(messages)))
+    if isinstance(prompt, str):
+        if not prompt:
+            raise InvalidRequest("prompt is empty; give at least one character", field="prompt")
+        return Prompt(text=prompt)
+    assert prompt is not None
+    if not prompt:
+        raise InvalidRequest("prompt is empty; give at least one token id", field="prompt")
+    try:
+        return Prompt(token_ids=token_ids(prompt))
+    except (OverflowError, TypeError) as error:
+        raise InvalidRequest(f"prompt is no list of token ids: {error}", field="prompt") from error
+
+
+def _chat_message(index: int, message: Message) -> ChatMessage:
+    if isinstance(message, ChatMessage):
+        return message
+    fields = dict(message)
+    if fields.keys() != {"role", "content"} or not all(
+        isinstance(value, str) for value in fields.values()
+    ):
+        raise InvalidRequest(
+            f"messages[{index}] must have a role and a content, both strings, and nothing else",
+            field=f"messages[{index}]",
+        )
+    return ChatMessage(fields["role"], fields["content"])
+
+
+def _submission(request: Request) -> Submission:
+    timeout_s = request.timeout_s
+    if timeout_s is not None and not 0 < timeout_s < 10**9:
+        raise InvalidRequest(
+            f"timeout_s is {timeout_s}; it must be above 0 and below 1e9", field="timeout_s"
+        )
+    message = encode(request)
+    if len(message) > MAX_REQUEST_BYTES:
+        raise InvalidRequest(
+            f"the request has {len(message)} bytes; at most {MAX_REQUEST_BYTES} are taken",
+            field="prompt",
+        )
+    return Submission(
+        request_id=check_request_id(request.request_id),
+        priority=request.priority,
+        stream=request.stream,
+        timeout_ms=None if timeout_s is None else max(1, int(timeout_s * 1000)),
+        message=message,
+    )

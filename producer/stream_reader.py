@@ -1,0 +1,146 @@
+"""One blocked read for everything that a process waits for.
+
+A connection that blocks in XREAD can do nothing else, so a connection per awaited stream would be
+the price of a thousand streaming requests. Instead one XREAD names all streams that somebody
+waits for at the moment, and a *bell*: a stream of our own that gets an entry when the set grows
+while the read is blocked.
+
+Nothing is read ahead: a reader that does not ask for the next entries costs no memory here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from wire.client import MAX_BLOCK_MS, is_transient, redact_url
+from wire.errors import ServerUnreachable
+from wire.keys import BELL_TTL_MS
+from wire.streams import START, Entry, id_order, read
+
+MAX_ENTRIES = 500
+_RETRY_DELAY_S = 0.1
+
+
+class StreamReader:
+    """Waits for new entries in any number of streams, over one connection.
+
+    When the server is away it tries again, and gives up after `patience_s`: then whoever waits
+    gets ServerUnreachable.
+    """
+
+    def __init__(
+        self, client: Redis, blocking_client: Redis, url: str, bell: str, *, patience_s: float
+    ) -> None:
+        self._client = client
+        self._blocking_client = blocking_client
+        self._url = url
+        self._bell = bell
+        self._bell_at = START
+        self._patience_s = patience_s
+        self._waiting: dict[str, list[tuple[bytes, asyncio.Future[list[Entry]]]]] = {}
+        self._reading: frozenset[str] | None = None
+        self._wanted = asyncio.Event()
+        self._ringing: set[asyncio.Task[None]] = set()
+
+    def next_entries(self, key: str, after: bytes) -> asyncio.Future[list[Entry]]:
+        """Resolves to the entries of `key` behind the id `after`, at least one, in order."""
+        future: asyncio.Future[list[Entry]] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(key, []).append((after, future))
+        self._wanted.set()
+        if self._reading is not None and key not in self._reading:
+            self._ring()
+        return future
+
+    async def run(self) -> None:
+        """Read until cancelled."""
+        away_since: float | None = None
+        while True:
+            await self._wanted.wait()
+            try:
+                await self._read()
+                away_since = None
+            except RedisError as error:
+                away_since = away_since or time.monotonic()
+                if not is_transient(error) or time.monotonic() - away_since > self._patience_s:
+                    self._fail(error)
+                    away_since = None
+                await asyncio.sleep(_RETRY_DELAY_S)
+
+    async def _read(self) -> None:
+        self._drop_abandoned()
+        if not self._waiting:
+            self._wanted.clear()
+            return
+        positions = {
+            key: min((after for after, _ in waiters), key=id_order)
+            for key, waiters in self._waiting.items()
+        }
+        self._reading = frozenset(positions)
+        try:
+            arrived = await read(
+                self._blocking_client,
+                {self._bell: self._bell_at, **positions},
+                count=MAX_ENTRIES,
+                block_ms=MAX_BLOCK_MS,
+            )
+        finally:
+            self._reading = None
+        for key, entries in arrived.items():
+            if key == self._bell:
+                self._bell_at = entries[-1][0]
+            else:
+                self._deliver(key, entries)
+        # Let those who got something ask for more, so that the next read has their streams in it.
+        await asyncio.sleep(0)
+
+    def _deliver(self, key: str, entries: list[Entry]) -> None:
+        still_waiting = []
+        for after, future in self._waiting.pop(key, []):
+            news = [entry for entry in entries if id_order(entry[0]) > id_order(after)]
+            if future.done():
+                continue
+            if news:
+                future.set_result(news)
+            else:
+                still_waiting.append((after, future))
+        if still_waiting:
+            self._waiting[key] = still_waiting
+
+    def _drop_abandoned(self) -> None:
+        for key, waiters in list(self._waiting.items()):
+            alive = [(after, future) for after, future in waiters if not future.done()]
+            if alive:
+                self._waiting[key] = alive
+            else:
+                del self._waiting[key]
+
+    def _fail(self, error: RedisError) -> None:
+        for waiters in self._waiting.values():
+            for _, future in waiters:
+                if not future.done():
+                    future.set_exception(
+                        ServerUnreachable(
+                            f"Redis server {redact_url(self._url)} is away ({error}); what was "
+                            "submitted goes on: ask again when it is back"
+                        )
+                    )
+        self._waiting.clear()
+
+    def _ring(self) -> None:
+        task = asyncio.get_running_loop().create_task(self._ring_bell(), name="ring_bell")
+        self._ringing.add(task)
+        task.add_done_callback(self._ringing.discard)
+
+    async def _ring_bell(self) -> None:
+        try:
+            async with self._client.pipeline(transaction=False) as pipe:
+                pipe.xadd(self._bell, {"ring": "1"}, maxlen=1, approximate=False)
+                pipe.pexpire(self._bell, BELL_TTL_MS)
+                await pipe.execute()
+        except RedisError:
+            # The blocked read fails as well, or ends after MAX_BLOCK_MS: the key is then in.
+            return

@@ -1,0 +1,178 @@
+"""Reading the intake streams: each queued request reaches one scheduler, and is not lost with it.
+
+Schedulers share the streams as one consumer group, so an entry that was read stays pending until
+the request is assigned or ended. What a dead scheduler had read is taken over by the others.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import structlog
+from redis.asyncio import Redis
+
+from wire.codec import decode
+from wire.errors import ForebayError
+from wire.ids import RequestId
+from wire.keys import DISPATCHERS, LIVE_TTL_MS, SCHEDULER_TTL_MS, Keys
+from wire.messages import Priority, Request
+from wire.records import Journaled, journal_entry
+from wire.scripts import Queued
+from wire.streams import START, Entry, ack_and_delete, claim, ensure_group, read_group
+from wire.streams import entries as stream_entries
+
+log = structlog.get_logger(__name__)
+
+BLOCK_MS = 1000
+MAX_READ = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A request as it came out of the intake; `request` is an error if it cannot be decoded.
+
+    `journaled` is what an earlier attempt left.
+    """
+
+    queued: Queued
+    request: Request | ForebayError
+    deadline_ms: int | None
+    journaled: Journaled
+
+
+class Intake:
+    """One scheduler's view of the intake streams of a partition."""
+
+    def __init__(self, client: Redis, blocking_client: Redis, keys: Keys) -> None:
+        self._client = client
+        self._blocking_client = blocking_client
+        self._keys = keys
+        self._id = os.urandom(6).hex()
+        self._held: set[tuple[Priority, bytes]] = set()
+        self._priority_of = {key: priority for priority, key in keys.intakes.items()}
+
+    async def open(self) -> None:
+        """Create what must be there: the streams, and the consumer group on them."""
+        for key in self._keys.intakes.values():
+            await ensure_group(self._client, key, DISPATCHERS, ttl_ms=LIVE_TTL_MS)
+        await self.heartbeat()
+
+    async def heartbeat(self) -> None:
+        """Say that this scheduler is alive, so that nobody takes over what it has read."""
+        await self._client.set(self._keys.scheduler(self._id), b"1", px=SCHEDULER_TTL_MS)
+
+    async def close(self) -> None:
+        """Leave at once what was read to the other schedulers."""
+        await self._client.delete(self._keys.scheduler(self._id))
+
+    async def read(self, room: dict[Priority, int]) -> list[Arrival]:
+        """Wait for requests, up to a second; at most `room` of each class."""
+        arrived = await read_group(
+            self._blocking_client,
+            DISPATCHERS,
+            self._id,
+            {self._keys.intakes[priority]: ">" for priority, n in room.items() if n > 0},
+            count=min(MAX_READ, *(n for n in room.values() if n > 0)),
+            ttl_ms=LIVE_TTL_MS,
+            block_ms=BLOCK_MS,
+        )
+        entries = [(self._priority_of[key], entry) for key in arrived for entry in arrived[key]]
+        return await self._arrivals(entries)
+
+    async def read_again(self) -> list[Arrival]:
+        """What was delivered to this scheduler in replies that it never saw."""
+        entries: list[tuple[Priority, Entry]] = []
+        for priority, key in self._keys.intakes.items():
+            last = START
+            while True:
+                arrived = await read_group(
+                    self._client,
+                    DISPATCHERS,
+                    self._id,
+                    {key: last},
+                    count=MAX_READ,
+                    ttl_ms=LIVE_TTL_MS,
+                )
+                page = arrived.get(key, [])
+                if not page:
+                    break
+                last = page[-1][0]
+                entries += [
+                    (priority, entry) for entry in page if (priority, entry[0]) not in self._held
+                ]
+        return await self._arrivals(entries)
+
+    async def take_over(self) -> list[Arrival]:
+        """Claim what dead schedulers have read and not dispatched."""
+        arrivals: list[Arrival] = []
+        for priority, key in self._keys.intakes.items():
+            for consumer in await self._client.xinfo_consumers(key, DISPATCHERS):
+                name = consumer["name"].decode()
+                if name == self._id or await self._client.exists(self._keys.scheduler(name)):
+                    continue
+                if consumer["pending"]:
+                    arrivals += await self._claim_from(name, priority, key)
+                else:
+                    await self._client.xgroup_delconsumer(key, DISPATCHERS, name)
+        return arrivals
+
+    def settle(self, queued: Queued) -> None:
+        """Forget an entry: its request was assigned or ended, and the entry deleted with that."""
+        self._held.discard((queued.priority, queued.entry_id))
+
+    async def _claim_from(self, name: str, priority: Priority, key: str) -> list[Arrival]:
+        pending = await self._client.xpending_range(
+            key, DISPATCHERS, "-", "+", MAX_READ, consumername=name
+        )
+        entry_ids = [cast("bytes", item["message_id"]) for item in pending]
+        # A minimal idle time would not protect anybody: its owner is dead, and of two schedulers
+        # that claim the same entry only one finds the request's fencing token unchanged.
+        claimed = await claim(self._client, key, DISPATCHERS, self._id, entry_ids)
+        log.info("took over requests", from_scheduler=name, num_requests=len(claimed))
+        return await self._arrivals([(priority, entry) for entry in claimed])
+
+    async def _arrivals(self, entries: Sequence[tuple[Priority, Entry]]) -> list[Arrival]:
+        """Fetch the records behind intake entries; drop entries that no queued request needs."""
+        if not entries:
+            return []
+        ids = [
+            RequestId(fields.get(b"request_id", b"").decode(errors="replace"))
+            for _, (_, fields) in entries
+        ]
+        async with self._client.pipeline(transaction=False) as pipe:
+            for request_id in ids:
+                pipe.hmget(
+                    self._keys.request(request_id), "state", "request", "fence", "deadline_ms"
+                )
+            records = await pipe.execute()
+        arrivals = []
+        for (priority, (entry_id, _)), request_id, record in zip(
+            entries, ids, records, strict=True
+        ):
+            state, message, fence, deadline_ms = record
+            if state != b"queued":
+                key = self._keys.intakes[priority]
+                await ack_and_delete(self._client, key, DISPATCHERS, entry_id)
+                continue
+            queued = Queued(request_id, int(fence), priority, entry_id)
+            request = _decode_request(message or b"")
+            journaled = await self._journaled(request_id) if queued.fence else Journaled()
+            self._held.add((priority, entry_id))
+            arrivals.append(
+                Arrival(queued, request, int(deadline_ms) if deadline_ms else None, journaled)
+            )
+        return arrivals
+
+    async def _journaled(self, request_id: RequestId) -> Journaled:
+        journal = await stream_entries(self._client, self._keys.journal(request_id))
+        return Journaled.of(journal_entry(entry_id, fields) for entry_id, fields in journal)
+
+
+def _decode_request(message: bytes) -> Request | ForebayError:
+    try:
+        return decode(Request, message)
+    except ForebayError as error:
+        return error

@@ -1,0 +1,1 @@
+"""What goes next, with whom, and where: pure functions of values and a clock."""

@@ -1,0 +1,91 @@
+"""The requests that are ready to go, in the order in which they should.
+
+Each class of priority gives a head start. What counts is the arrival time plus the class's delay:
+
+    interactive  +0 s      standard  +5 s      batch  +30 s
+
+So an interactive request overtakes everything that came up to 5 or 30 seconds before it, and a
+batch request, once it has waited that long, is overtaken by nobody: no class starves, however
+much of a higher class arrives. Within a class the order is first come, first served.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from wire.ids import BlockHash, RequestId, TokenIds
+from wire.messages import Priority, Request
+from wire.records import Journaled
+from wire.scripts import Queued
+
+HEAD_START_S: dict[Priority, float] = {"interactive": 0.0, "standard": 5.0, "batch": 30.0}
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyRequest:
+    """A request that can be dispatched: tokenized, its model known.
+
+    `journaled` is what an earlier attempt left; its tokens are prefilled like the prompt.
+    `block_hashes` names the prompt's full blocks. `ready_s` is on the scheduler's clock,
+    `deadline_ms` on the server's.
+    """
+
+    queued: Queued
+    request: Request
+    model: str
+    prompt_token_ids: TokenIds
+    block_hashes: tuple[BlockHash, ...]
+    journaled: Journaled
+    ready_s: float
+    deadline_ms: int | None = None
+
+    @property
+    def request_id(self) -> RequestId:
+        """The request's id."""
+        return self.queued.request_id
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Tokens to compute before the first new one, if nothing of them is cached."""
+        return len(self.prompt_token_ids) + len(self.journaled.token_ids)
+
+
+class PendingRequests:
+    """A priority queue of requests, counted by class."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, ReadyRequest]] = []
+        self._sequence = 0
+        self._counts: Counter[Priority] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def count(self, priority: Priority) -> int:
+        """How many requests of a class are pending."""
+        return self._counts[priority]
+
+    def add(self, request: ReadyRequest) -> None:
+        """Put a request in its place."""
+        due_s = request.ready_s + HEAD_START_S[request.queued.priority]
+        heapq.heappush(self._heap, (due_s, self._sequence, request))
+        self._sequence += 1
+        self._counts[request.queued.priority] += 1
+
+    def take(self, limit: int) -> list[ReadyRequest]:
+        """Remove and return the first `limit` requests, in order."""
+        taken = [heapq.heappop(self._heap)[2] for _ in range(min(limit, len(self._heap)))]
+        self._counts.subtract(request.queued.priority for request in taken)
+        return taken
+
+    def give_back(self, requests: Iterable[ReadyRequest]) -> None:
+        """Return what was taken and could not go; each finds its old place again."""
+        for request in requests:
+            self.add(request)
+
+    def oldest_wait_s(self, now_s: float) -> float:
+        """How long the request that is first in line has been ready, 0 when there is none."""
+        return now_s - self._heap[0][2].ready_s if self._heap else 0.0

@@ -1,0 +1,1 @@
+"""All that crosses a process boundary: messages, keys, scripts, connections, errors."""

@@ -1,0 +1,105 @@
+"""Connections to the Redis server, and its errors as ours.
+
+Clients never retry by themselves: a command whose reply was lost may have been carried out, and
+only the caller knows whether it can be sent again. Blocking reads get a client of their own,
+whose socket timeout is longer than the longest block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    ConnectionError,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    TimeoutError,
+)
+
+from wire.errors import ConfigError, ServerUnreachable
+
+COMMAND_TIMEOUT_S = 10.0
+MAX_BLOCK_MS = 5000
+"""The longest that a blocking read may wait on the server."""
+
+_SCHEMES = ("redis", "rediss", "unix")
+
+
+def connect(url: str, *, blocking: bool = False) -> Redis:
+    """A client for `url` (redis://, rediss:// or unix://); nothing is sent yet.
+
+    `blocking` makes one for reads that block up to MAX_BLOCK_MS. Close it with `aclose()`.
+    Raises ConfigError for a URL that cannot be used.
+    """
+    scheme = url.partition("://")[0]
+    if scheme not in _SCHEMES:
+        raise ConfigError(
+            f"Redis URL {redact_url(url)!r} must begin with redis://, rediss:// or unix://"
+        )
+    try:
+        return Redis.from_url(
+            url,
+            retry=Retry(NoBackoff(), 0),
+            socket_timeout=COMMAND_TIMEOUT_S + (MAX_BLOCK_MS / 1000 if blocking else 0),
+            socket_connect_timeout=COMMAND_TIMEOUT_S,
+            protocol=2,
+            decode_responses=False,
+        )
+    except ValueError as error:
+        raise ConfigError(f"Redis URL {redact_url(url)!r} cannot be used: {error}") from error
+
+
+def redact_url(url: str) -> str:
+    """The URL without its password, for messages and logs."""
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    netloc = f"{parts.username or ''}:***@{parts.netloc.rpartition('@')[2]}"
+    return urlunsplit(parts._replace(netloc=netloc))
+
+
+async def ping(client: Redis, url: str) -> None:
+    """Raise ServerUnreachable, with the way out, unless the server at `url` answers."""
+    with redis_errors(url):
+        await client.get("forebay")  # any command that needs a working connection
+
+
+@contextlib.contextmanager
+def redis_errors(url: str) -> Iterator[None]:
+    """Turn Redis' errors into ServerUnreachable, naming the server and what to do."""
+    try:
+        yield
+    except RedisError as error:
+        raise ServerUnreachable(_explain(error, redact_url(url))) from error
+
+
+def _explain(error: RedisError, server: str) -> str:
+    advice: tuple[tuple[type[Any] | tuple[type[Any], ...], str], ...] = (
+        ((AuthenticationError, NoPermissionError), "check the user and password in the URL"),
+        (BusyLoadingError, "it is still loading its data; try again shortly"),
+        (OutOfMemoryError, "it is out of memory; raise maxmemory or let the queue drain"),
+        (ReadOnlyError, "it is a read-only replica; point the URL at the primary"),
+        (TimeoutError, "it does not answer in time; is it overloaded or stopped?"),
+        (ConnectionError, "is it running, and is the URL right?"),
+    )
+    for kinds, what_to_do in advice:
+        if isinstance(error, kinds):
+            return f"Redis server {server}: {error}; {what_to_do}"
+    return f"Redis server {server} refused a command: {error}"
+
+
+def is_transient(error: RedisError) -> bool:
+    """Whether waiting and trying again can help."""
+    permanent = (AuthenticationError, NoPermissionError)
+    transient = (ConnectionError, TimeoutError, BusyLoadingError, OutOfMemoryError, ReadOnlyError)
+    return isinstance(error, transient) and not isinstance(error, permanent)

@@ -1,0 +1,19 @@
+-- Cancel a request. ARGV: id, result (the message to store if it is still queued)
+-- Returns the state that it has now ('cancelled' at once if it was queued), 'requested' when its
+-- group was told to stop it, or 'unknown'.
+
+local id, result = ARGV[1], ARGV[2]
+local record = redis.call('HMGET', request_key(id), 'state', 'priority', 'entry', 'owner')
+local state = record[1]
+if not state then
+  return 'unknown'
+elseif state == 'queued' then
+  remove_from_intake(record[2], record[3])
+  finish(id, 'cancelled', result)
+  return 'cancelled'
+elseif state == 'assigned' then
+  local group, epoch = string.match(record[4], '^(.*):(%d+)$')
+  append(group_key(group, epoch, 'inbox'), LIVE_TTL_MS, 'cancel', id)
+  return 'requested'
+end
+return state

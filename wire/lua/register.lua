@@ -1,0 +1,10 @@
+-- A worker group (re)starts: it gets a new epoch, which makes all that it held before stale.
+-- ARGV: group, model name, model card
+-- Returns the epoch. The group is alive from its first heartbeat on.
+
+local group, model, card = ARGV[1], ARGV[2], ARGV[3]
+local counter = PREFIX .. ':epoch:' .. group
+local epoch = redis.call('INCR', counter)
+redis.call('PEXPIRE', counter, LIVE_TTL_MS)
+redis.call('SET', PREFIX .. ':model:' .. model, card, 'PX', LIVE_TTL_MS)
+return epoch

@@ -1,0 +1,201 @@
+"""The Lua scripts as typed calls, so that the order of KEYS and ARGV is known in one place.
+
+Each method is one round trip and atomic on the server. Method docstrings say what comes back;
+the scripts in `wire/lua` say what is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any, Literal, cast
+
+from redis.asyncio import Redis
+
+from wire.ids import BatchId, GroupId, RequestId
+from wire.keys import Keys
+from wire.messages import Priority, RequestState, TerminalState
+
+SubmitOutcome = Literal["new", "known", "full"]
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """One request on its way into the queue; `message` is an encoded Request."""
+
+    request_id: RequestId
+    priority: Priority
+    stream: bool
+    timeout_ms: int | None
+    message: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """A request as a scheduler found it: its fencing token and where it stands in the intake."""
+
+    request_id: RequestId
+    fence: int
+    priority: Priority
+    entry_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a group did for one request: an encoded Chunk, and if it ended, an encoded Result.
+
+    `offset` and `num_tokens` are the chunk's.
+    """
+
+    request_id: RequestId
+    fence: int
+    chunk: bytes = b""
+    state: TerminalState | None = None
+    result: bytes = b""
+    offset: int = 0
+    num_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FleetEntry:
+    """A group as Redis knows it; `status` (an encoded GroupStatus) is None once it is dead."""
+
+    group_id: GroupId
+    epoch: int
+    status: bytes | None
+    num_owned: int
+
+
+class Scripts:
+    """The state changes of the queue, bound to one client and one partition."""
+
+    def __init__(self, client: Redis, keys: Keys) -> None:
+        self._keys = keys
+        self._scripts = {
+            name: client.register_script(source) for name, source in _sources().items()
+        }
+
+    async def _run(self, name: str, *args: str | bytes | int) -> Any:
+        return await self._scripts[name](keys=[self._keys.prefix], args=list(args))
+
+    async def submit(
+        self,
+        submissions: Sequence[Submission],
+        *,
+        reply_to: str,
+        result_ttl_ms: int,
+        max_queued: int,
+        max_unread: int,
+    ) -> list[SubmitOutcome]:
+        """One outcome for each submission: accepted now, known from before, or refused."""
+        args: list[str | bytes | int] = [max_queued, max_unread, result_ttl_ms, reply_to]
+        for item in submissions:
+            timeout_ms = "" if item.timeout_ms is None else item.timeout_ms
+            args += [item.request_id, item.priority, int(item.stream), timeout_ms, item.message]
+        outcomes = await self._run("submit", *args)
+        return [cast("SubmitOutcome", outcome.decode()) for outcome in outcomes]
+
+    async def cancel(
+        self, request_id: RequestId, result: bytes
+    ) -> RequestState | Literal["requested", "unknown"]:
+        """The state that the request has now; "requested" if its group was told to stop it."""
+        state = await self._run("cancel", request_id, result)
+        return cast("RequestState", state.decode())
+
+    async def assign(
+        self,
+        group_id: GroupId,
+        epoch: int,
+        *,
+        credits: int,
+        batch_id: BatchId,
+        batch: Sequence[tuple[Queued, bytes]],
+    ) -> list[RequestId] | Literal["gone", "full"]:
+        """The ids that were assigned, each under its fence + 1; or why the group took nothing."""
+        args: list[str | bytes | int] = [group_id, epoch, credits, batch_id]
+        for queued, assignment in batch:
+            args += [
+                queued.request_id,
+                queued.fence,
+                queued.priority,
+                queued.entry_id,
+                assignment,
+            ]
+        reply = await self._run("assign", *args)
+        if isinstance(reply, bytes):
+            return cast('Literal["gone", "full"]', reply.decode())
+        return [RequestId(request_id.decode()) for request_id in reply]
+
+    async def reject(self, endings: Sequence[tuple[Queued, TerminalState, bytes]]) -> int:
+        """End requests in the queue with an encoded Result each. Returns how many were ended."""
+        args: list[str | bytes | int] = []
+        for queued, state, result in endings:
+            args += [queued.request_id, queued.fence, queued.priority, queued.entry_id]
+            args += [state, result]
+        return int(await self._run("reject", *args))
+
+    async def commit(
+        self, group_id: GroupId, epoch: int, progress: Sequence[Progress]
+    ) -> list[RequestId]:
+        """The ids that the group no longer holds under their fence; those were left alone."""
+        args: list[str | bytes | int] = [group_id, epoch]
+        for item in progress:
+            args += [item.request_id, item.fence, item.chunk, item.state or "", item.result]
+            args += [item.offset, item.num_tokens]
+        stale = await self._run("commit", *args)
+        return [RequestId(request_id.decode()) for request_id in stale]
+
+    async def register(self, group_id: GroupId, *, model: str, card: bytes) -> int:
+        """The group's new epoch."""
+        return int(await self._run("register", group_id, model, card))
+
+    async def heartbeat(
+        self,
+        group_id: GroupId,
+        epoch: int,
+        *,
+        timeout_ms: int,
+        first: bool,
+        model: str,
+        status: bytes,
+    ) -> int | None:
+        """The server's time in ms; None if the group was declared dead under this epoch."""
+        reply = await self._run("heartbeat", group_id, epoch, timeout_ms, int(first), model, status)
+        return int(reply) or None
+
+    async def fleet(self) -> tuple[int, list[FleetEntry]]:
+        """The server's time in ms, and every group that is alive or not yet buried."""
+        reply = await self._run("fleet")
+        entries = []
+        for member, status, num_owned in zip(reply[1::3], reply[2::3], reply[3::3], strict=True):
+            group_id, _, epoch = member.decode().rpartition(":")
+            entries.append(
+                FleetEntry(GroupId(group_id), int(epoch), status or None, int(num_owned))
+            )
+        return int(reply[0]), entries
+
+    async def reclaim(
+        self,
+        group_id: GroupId,
+        epoch: int,
+        *,
+        leaving: bool,
+        max_attempts: int,
+        limit: int,
+        result: bytes,
+    ) -> tuple[int, int] | None:
+        """How many requests were taken back and how many of them failed; None if it is alive."""
+        taken, failed = await self._run(
+            "reclaim", group_id, epoch, int(leaving), max_attempts, limit, result
+        )
+        return None if taken < 0 else (int(taken), int(failed))
+
+
+@cache
+def _sources() -> dict[str, str]:
+    folder = resources.files("wire") / "lua"
+    sources = {file.name.removesuffix(".lua"): file.read_text() for file in folder.iterdir()}
+    common = sources.pop("common")
+    return {name: f"{common}\n{source}" for name, source in sources.items()}
