@@ -290,9 +290,8 @@ class SchedulerService:
             waits = self._num_pending > 0
             with contextlib.suppress(TimeoutError):
                 # Requests that only wait for company must not wait for longer than agreed.
-                await asyncio.wait_for(
-                    self._to_dispatch.wait(), self._limits.max_wait_s + 0.001 if waits else None
-                )
+                async with asyncio.timeout(self._limits.max_wait_s + 0.001 if waits else None):
+                    await self._to_dispatch.wait()
 
     def _planner(self, model: str) -> Planner:
         planner = self._planners.get(model)

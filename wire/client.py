@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from redis.asyncio import Redis
+from redis.asyncio.connection import Connection, ConnectionPool, parse_url
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import (
@@ -26,6 +27,7 @@ from redis.exceptions import (
     TimeoutError,
 )
 
+from wire.connection import CONNECTION_CLASSES
 from wire.errors import ConfigError, ServerUnreachable
 
 COMMAND_TIMEOUT_S = 10.0
@@ -47,16 +49,22 @@ def connect(url: str, *, blocking: bool = False) -> Redis:
             f"Redis URL {redact_url(url)!r} must begin with redis://, rediss:// or unix://"
         )
     try:
-        return Redis.from_url(
-            url,
+        options: dict[str, Any] = dict(parse_url(url))
+        options["connection_class"] = CONNECTION_CLASSES[
+            options.pop("connection_class", Connection)
+        ]
+        pool = ConnectionPool(
+            **options,
             retry=Retry(NoBackoff(), 0),
             socket_timeout=COMMAND_TIMEOUT_S + (MAX_BLOCK_MS / 1000 if blocking else 0),
             socket_connect_timeout=COMMAND_TIMEOUT_S,
             protocol=2,
             decode_responses=False,
         )
-    except ValueError as error:
+        pool.make_connection()  # connects to nothing, but knows which options there are
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"Redis URL {redact_url(url)!r} cannot be used: {error}") from error
+    return Redis.from_pool(pool)
 
 
 def redact_url(url: str) -> str:

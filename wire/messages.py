@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from wire.errors import InvalidRequest
 from wire.ids import GroupId, RequestId, TokenIds, token_ids
 from wire.sampling import SamplingParams
 
@@ -36,6 +37,15 @@ class Prompt:
     text: str | None = None
     token_ids: TokenIds | None = None
     messages: tuple[ChatMessage, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Raise InvalidRequest unless exactly one is set."""
+        given = [part for part in (self.text, self.token_ids, self.messages) if part is not None]
+        if len(given) != 1:
+            raise InvalidRequest(
+                f"a prompt is one of text, token ids and messages; {len(given)} of them are set",
+                field="prompt",
+            )
 
 
 @dataclass(frozen=True, slots=True)

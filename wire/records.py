@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import cast
 
 from wire.codec import decode
-from wire.errors import ForebayError, InvalidRequest, WireError
+from wire.errors import ForebayError, InvalidRequest, RequestFailed, WireError
 from wire.ids import RequestId, TokenIds, token_ids
 from wire.messages import Chunk, ErrorInfo, Result, TerminalState, TokenLogprob
 
@@ -43,9 +43,10 @@ def ending(
 
 
 def error_info(error: ForebayError) -> ErrorInfo:
-    """An error as a result carries it."""
+    """An error as a result carries it; RequestFailed stands for its reason."""
     field = error.field if isinstance(error, InvalidRequest) else None
-    return ErrorInfo(error.code, str(error), field)
+    code = error.reason if isinstance(error, RequestFailed) else error.code
+    return ErrorInfo(code, str(error), field)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,55 @@
+"""How much memory the KV-cache gets when nobody says."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+MAX_CPU_BYTES = 2 * 2**30
+CPU_SHARE = 0.25
+CUDA_SHARE = 0.85
+"""Of what is free once the weights are loaded; the rest is for activations and the allocator."""
+
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def default_kv_cache_bytes(device: torch.device, num_ranks: int) -> int:
+    """Bytes for one rank's pages.
+
+    On the CPU the ranks share one memory with everything else: a quarter of what is available,
+    at most 2 GiB, divided among them. On a GPU: 85% of what is free on it.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * CUDA_SHARE)
+    return int(min(available_memory_bytes() * CPU_SHARE, MAX_CPU_BYTES) / num_ranks)
+
+
+def available_memory_bytes() -> int:
+    """What this machine, or the container that we are in, can still give without swapping."""
+    available = _machine_available_bytes()
+    limit = _read_number(_CGROUP / "memory.max")
+    used = _read_number(_CGROUP / "memory.current")
+    if limit is not None and used is not None:
+        available = min(available, max(limit - used, 0))
+    return available
+
+
+def _machine_available_bytes() -> int:
+    if _MEMINFO.exists():
+        for line in _MEMINFO.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    # Other systems do not say what is available: take half of what is there.
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def _read_number(path: Path) -> int | None:
+    """The number in a control file; None if there is no such file, or it says "max"."""
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None

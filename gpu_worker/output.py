@@ -1,0 +1,182 @@
+"""From an engine's tokens to what a request's reader gets: text, chunks, the result.
+
+This is the orchestrator's half of a sequence: it turns tokens into text as they come, ends the
+text at stop strings, and cuts it into chunks for the journal.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from gpu_worker.rank_protocol import RawLogprob, SequenceOutput
+from wire.ids import RequestId, TokenIds, token_ids
+from wire.messages import (
+    Assignment,
+    Chunk,
+    ErrorInfo,
+    FinishReason,
+    Result,
+    TerminalState,
+    TokenLogprob,
+    TopLogprob,
+)
+
+CONTEXT_TOKENS = 8
+"""Prompt tokens that the decoder sees first: some tokenizers join words by what came before."""
+
+
+class TextDecoder:
+    """The tokenizer of a model, for decoding."""
+
+    def __init__(self, tokenizer_json: bytes) -> None:
+        self._tokenizer = Tokenizer.from_buffer(tokenizer_json)
+        self.token_text = lru_cache(maxsize=65_536)(self._token_text)
+
+    def stream(self, context: TokenIds) -> DecodeStream:
+        """A decoder for one sequence, to use with `step`."""
+        return DecodeStream(ids=list(context), skip_special_tokens=True)
+
+    def step(self, stream: DecodeStream, token_id: int) -> str:
+        """The text that a further token gives; "" in the middle of a character."""
+        return stream.step(self._tokenizer, token_id) or ""
+
+    def _token_text(self, token_id: int) -> str:
+        return self._tokenizer.decode([token_id], skip_special_tokens=False)
+
+
+class RequestOutput:
+    """The output of one request so far."""
+
+    def __init__(self, assignment: Assignment, decoder: TextDecoder) -> None:
+        sampling = assignment.sampling
+        self.assignment = assignment
+        self._decoder = decoder
+        self._stream = decoder.stream(assignment.prompt_token_ids[-CONTEXT_TOKENS:])
+        self._token_ids = token_ids()
+        self._text = ""
+        self._logprobs: list[TokenLogprob] = list(assignment.generated_logprobs or ())
+        self._stop = sampling.stop
+        self._longest_stop = max(map(len, sampling.stop), default=0)
+        self._num_cached_tokens = 0
+        self._finish_reason: FinishReason | None = None
+        self._stop_reason: str | int | None = None
+        self._error: ErrorInfo | None = None
+        # What an earlier attempt has journaled is output too, but is not sent again.
+        for token_id in assignment.generated:
+            self._append(token_id)
+        self._num_sent_tokens = len(assignment.generated)
+        self._num_sent_chars = len(assignment.generated_text)
+
+    @property
+    def request_id(self) -> RequestId:
+        """The request's id."""
+        return self.assignment.request_id
+
+    @property
+    def state(self) -> TerminalState | None:
+        """How the request has ended, None while it goes on."""
+        if self._error is not None:
+            return "failed"
+        return None if self._finish_reason is None else "done"
+
+    @property
+    def num_unsent_tokens(self) -> int:
+        """How many tokens are in no chunk yet."""
+        return len(self._token_ids) - self._num_sent_tokens
+
+    def add(self, output: SequenceOutput) -> bool:
+        """Take in a step's output. Returns True when a stop string ended it before the engine did.
+
+        Then the engine must be told to stop the sequence.
+        """
+        self._num_cached_tokens = output.num_cached_tokens
+        self._error = output.error
+        # A stop token ends the text and is not part of it; it counts as generated nevertheless.
+        num_spoken = len(output.token_ids) - (output.stop_token_id is not None)
+        for index, token_id in enumerate(output.token_ids):
+            if output.logprobs is not None:
+                self._logprobs.append(self._logprob(output.logprobs[index]))
+            if index >= num_spoken:
+                self._token_ids.append(token_id)
+            elif self._append(token_id):
+                self._finish_reason = "stop"
+                return output.finish_reason is None
+        self._finish_reason = output.finish_reason
+        if output.stop_token_id in self.assignment.sampling.stop_token_ids:
+            self._stop_reason = output.stop_token_id
+        return False
+
+    def take_chunk(self, *, ended: bool) -> Chunk | None:
+        """What is new since the last chunk, None if nothing is.
+
+        Until the request has `ended`, text that may yet turn out to be a stop string is held back.
+        """
+        if not self.num_unsent_tokens:
+            return None
+        end = len(self._text) if ended else self._num_settled_chars()
+        start, self._num_sent_chars = self._num_sent_chars, max(self._num_sent_chars, end)
+        offset, self._num_sent_tokens = self._num_sent_tokens, len(self._token_ids)
+        return Chunk(
+            fence=self.assignment.fence,
+            offset=offset,
+            token_ids=self._token_ids[offset:],
+            text=self._text[start:end],
+            logprobs=tuple(self._logprobs[offset:]) if self._logprobs else None,
+        )
+
+    def result(self, state: TerminalState, model: str, error: ErrorInfo | None = None) -> Result:
+        """The terminal result; what was generated is in it also when it ended half way."""
+        return Result(
+            self.request_id,
+            state,
+            model=model,
+            text=self._text,
+            token_ids=self._token_ids,
+            finish_reason=self._finish_reason if state == "done" else None,
+            stop_reason=self._stop_reason,
+            num_prompt_tokens=len(self.assignment.prompt_token_ids),
+            num_cached_tokens=self._num_cached_tokens,
+            logprobs=tuple(self._logprobs) if self._logprobs else None,
+            error=error or self._error,
+        )
+
+    def _append(self, token_id: int) -> bool:
+        """Add a token and its text. Returns True when the text has reached a stop string."""
+        self._token_ids.append(token_id)
+        new_text = self._decoder.step(self._stream, token_id)
+        searched = len(self._text)
+        self._text += new_text
+        if not self._stop or len(self._token_ids) <= self.assignment.sampling.min_tokens:
+            return False
+        start = max(0, searched - self._longest_stop + 1)
+        found = [(self._text.find(stop, start), stop) for stop in self._stop]
+        first = min(((at, stop) for at, stop in found if at >= 0), default=None)
+        if first is None:
+            return False
+        self._text = self._text[: first[0]]
+        self._stop_reason = first[1]
+        return True
+
+    def _num_settled_chars(self) -> int:
+        """How much of the text cannot become part of a stop string any more."""
+        longest = min(self._longest_stop - 1, len(self._text))
+        for length in range(longest, 0, -1):
+            tail = self._text[-length:]
+            if any(stop.startswith(tail) for stop in self._stop):
+                return len(self._text) - length
+        return len(self._text)
+
+    def _logprob(self, raw: RawLogprob) -> TokenLogprob:
+        text = self._decoder.token_text
+        return TokenLogprob(
+            raw.token_id,
+            text(raw.token_id),
+            raw.logprob,
+            tuple(
+                TopLogprob(token_id, text(token_id), logprob)
+                for token_id, logprob in zip(raw.top_token_ids, raw.top_logprobs, strict=True)
+            ),
+        )

@@ -1,0 +1,341 @@
+"""What a group's orchestrator and its rank 0 say to each other, and how it is framed.
+
+They share a stream socket pair, inherited by rank 0. A frame is
+
+    length of the payload: uint32, big-endian | kind: uint8 | payload: msgpack, see `wire.codec`
+
+    to rank 0      AddRequests, AbortRequests, Drain, Stop
+    from rank 0    RankReady (once, first), then StepOutput after each step; or RankError, last
+
+Either side's end of file means that the other one is gone: the rank exits, the orchestrator
+restarts the group. Ranks above 0 have no socket; they hear from rank 0 alone.
+
+`RankChannel` is the rank's blocking side and `RankConnection` the orchestrator's asyncio side.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import struct
+import sys
+from dataclasses import asdict, dataclass, field
+from typing import TypeAlias
+
+from service.settings import LogFormat, LogLevel
+from wire.codec import decode, encode
+from wire.errors import ConfigError, WireError
+from wire.ids import RequestId, TokenIds, token_ids
+from wire.messages import Assignment, ErrorInfo, FinishReason
+
+MAX_FRAME_BYTES = 64 * 1024 * 1024
+"""Above this a length is taken for garbage. Some 16 million token ids: far above any batch."""
+
+STUB_MODEL_PATH = "stub:"
+"""In place of a model's path: run the stub engine, which needs neither a model nor torch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankOptions:
+    """What every rank of a group must know before it starts; given on its command line as JSON.
+
+    What a worker's settings hold has no default here. `model_path` may be STUB_MODEL_PATH.
+    `model_name` salts the prefix hashes. `dtype` is a torch dtype's name, or "auto". The KV-cache
+    has `num_blocks` blocks, else as many as `kv_cache_bytes` (per rank) hold, else what the rank
+    finds fit. `max_model_len` None takes the model's own. `max_num_batched_tokens` bounds one
+    step's tokens over all sequences. `num_threads` None shares the cores among the ranks.
+    `collective_timeout_s` bounds each exchange between ranks. `stub_step_s` is how long a step of
+    the stub engine takes.
+    """
+
+    model_path: str
+    model_name: str
+    dtype: str
+    block_size: int
+    kv_cache_bytes: int | None
+    max_model_len: int | None
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    num_threads: int | None
+    collective_timeout_s: float
+    log_level: LogLevel
+    log_format: LogFormat
+    num_blocks: int | None = None
+    prefix_caching: bool = True
+    stub_step_s: float = 0.0
+
+    def to_json(self) -> str:
+        """The form that `from_json` reads."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> RankOptions:
+        """Raise ConfigError for what is not an object with exactly this class's fields."""
+        try:
+            return cls(**json.loads(text))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"rank options cannot be read: {error}") from error
+
+
+def rank_command(
+    options: RankOptions, *, rank: int, size: int, rendezvous: str, socket_fd: int | None
+) -> list[str]:
+    """The command line with which this process starts one of its ranks.
+
+    `rendezvous` is a path at which no file exists yet, in a directory that only this user can
+    enter; all ranks of a group are given the same one. `socket_fd` is rank 0's end of the socket
+    pair, to be inherited (`pass_fds`); None for the other ranks. On Linux a rank dies with the
+    thread that started it: start it from one that lives on, such as the main thread.
+    """
+    command = [sys.executable, "-m", "gpu_worker.rank", "--parent-pid", str(os.getpid())]
+    command += ["--rank", str(rank), "--size", str(size), "--rendezvous", rendezvous]
+    if socket_fd is not None:
+        command += ["--socket-fd", str(socket_fd)]
+    return [*command, "--options", options.to_json()]
+
+
+# To rank 0
+
+
+@dataclass(frozen=True, slots=True)
+class AddRequests:
+    """Run these. One whose id is already running replaces it if its fence is higher."""
+
+    assignments: tuple[Assignment, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AbortRequests:
+    """Forget these, free their blocks, say nothing more of them. Unknown ids are ignored."""
+
+    request_ids: tuple[RequestId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Exit with status 0 as soon as nothing is left to run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Exit with status 0 now, whatever is running."""
+
+
+# From rank 0
+
+
+@dataclass(frozen=True, slots=True)
+class RankReady:
+    """The group has loaded its model and takes requests."""
+
+    num_blocks: int
+    max_model_len: int
+    vocab_size: int
+    load_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RawLogprob:
+    """The chosen token's log probability and those of the most likely ones, best first."""
+
+    token_id: int
+    logprob: float
+    top_token_ids: TokenIds = field(default_factory=token_ids)
+    top_logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceOutput:
+    """What one step gave one sequence.
+
+    `token_ids` are the new ones of this step, a final end-of-sequence or stop token included;
+    `logprobs`, if asked for, has one entry for each. Exactly one of `finish_reason` and `error` is
+    set in a sequence's last output, none before. `stop_token_id` is the end-of-sequence or stop
+    token that ended it.
+    """
+
+    request_id: RequestId
+    fence: int
+    token_ids: TokenIds = field(default_factory=token_ids)
+    logprobs: tuple[RawLogprob, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    error: ErrorInfo | None = None
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """The engine after a step; `num_*_total` count since it started.
+
+    `step_s` is the wall time of the step, `num_step_tokens` the tokens that it ran the model on.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_free_blocks: int = 0
+    num_step_tokens: int = 0
+    step_s: float = 0.0
+    num_prefill_tokens_total: int = 0
+    num_cached_tokens_total: int = 0
+    num_generated_tokens_total: int = 0
+    num_preemptions_total: int = 0
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """The share of the blocks that running sequences hold, 0 to 1."""
+        return 1.0 - self.num_free_blocks / self.num_blocks if self.num_blocks else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """The outputs of one step, and how the engine stands after it."""
+
+    outputs: tuple[SequenceOutput, ...]
+    stats: EngineStats
+
+
+@dataclass(frozen=True, slots=True)
+class RankError:
+    """The rank is about to exit with a status other than 0, and why; `code` as in `wire.errors`."""
+
+    code: str
+    message: str
+
+
+ToRank: TypeAlias = AddRequests | AbortRequests | Drain | Stop
+FromRank: TypeAlias = RankReady | StepOutput | RankError
+Frame: TypeAlias = ToRank | FromRank
+
+_KINDS: dict[int, type[Frame]] = {
+    1: AddRequests,
+    2: AbortRequests,
+    3: Drain,
+    4: Stop,
+    16: RankReady,
+    17: StepOutput,
+    18: RankError,
+}
+_KIND_OF = {frame_type: kind for kind, frame_type in _KINDS.items()}
+_HEADER = struct.Struct(">IB")
+_RECEIVE_BYTES = 256 * 1024
+
+
+def pack_frame(frame: Frame) -> bytes:
+    """The frame's bytes. Raises WireError when it is above MAX_FRAME_BYTES."""
+    payload = encode(frame)
+    if len(payload) > MAX_FRAME_BYTES:
+        raise WireError(
+            f"a {type(frame).__name__} frame of {len(payload)} bytes exceeds {MAX_FRAME_BYTES}"
+        )
+    return _HEADER.pack(len(payload), _KIND_OF[type(frame)]) + payload
+
+
+def _parse_header(header: bytes | bytearray) -> tuple[int, type[Frame]]:
+    size_bytes, kind = _HEADER.unpack_from(header)
+    if size_bytes > MAX_FRAME_BYTES:
+        raise WireError(f"a frame announces {size_bytes} bytes; the limit is {MAX_FRAME_BYTES}")
+    frame_type = _KINDS.get(kind)
+    if frame_type is None:
+        raise WireError(f"unknown frame kind {kind}")
+    return size_bytes, frame_type
+
+
+class RankChannel:
+    """Rank 0's end of the socket: blocking, for one thread."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._socket.setblocking(True)
+        self._buffer = bytearray()
+
+    def send(self, frame: FromRank) -> None:
+        """Wait until the socket has taken all of it: a slow orchestrator slows the engine.
+
+        Raises OSError when the orchestrator is gone.
+        """
+        self._socket.sendall(pack_frame(frame))
+
+    def receive(self, *, wait: bool) -> list[ToRank]:
+        """All frames that have arrived, in order; with `wait`, at least one.
+
+        Raises EOFError when the orchestrator is gone, WireError for bytes that are no frame.
+        """
+        frames = self._take_frames()
+        while True:
+            try:
+                flags = 0 if wait and not frames else socket.MSG_DONTWAIT
+                data = self._socket.recv(_RECEIVE_BYTES, flags)
+            except BlockingIOError:
+                return frames
+            except ConnectionError as error:
+                raise EOFError("the orchestrator closed the connection") from error
+            if not data:
+                if frames:
+                    return frames  # the next call meets the end of file again
+                raise EOFError("the orchestrator closed the connection")
+            self._buffer += data
+            frames += self._take_frames()
+
+    def _take_frames(self) -> list[ToRank]:
+        frames: list[ToRank] = []
+        start = 0
+        while len(self._buffer) - start >= _HEADER.size:
+            size_bytes, frame_type = _parse_header(self._buffer[start : start + _HEADER.size])
+            end = start + _HEADER.size + size_bytes
+            if len(self._buffer) < end:
+                break
+            frame = decode(frame_type, bytes(self._buffer[start + _HEADER.size : end]))
+            if not isinstance(frame, ToRank):
+                raise WireError(f"{frame_type.__name__} is no frame to a rank")
+            frames.append(frame)
+            start = end
+        del self._buffer[:start]
+        return frames
+
+
+class RankConnection:
+    """The orchestrator's end of the socket: asyncio streams."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    @classmethod
+    async def open(cls, sock: socket.socket) -> RankConnection:
+        """Take over `sock`, the parent's end of the socket pair."""
+        sock.setblocking(False)
+        return cls(*await asyncio.open_unix_connection(sock=sock))
+
+    async def send(self, frame: ToRank) -> None:
+        """Wait while the rank lags behind. Raises ConnectionError when it is gone."""
+        self._writer.write(pack_frame(frame))
+        await self._writer.drain()
+
+    async def receive(self) -> FromRank | None:
+        """The next frame, or None when the rank closed its end, also in the middle of a frame.
+
+        Raises WireError for bytes that are no frame.
+        """
+        try:
+            header = await self._reader.readexactly(_HEADER.size)
+            size_bytes, frame_type = _parse_header(header)
+            payload = await self._reader.readexactly(size_bytes)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return None
+        frame = decode(frame_type, payload)
+        if not isinstance(frame, FromRank):
+            raise WireError(f"{frame_type.__name__} is no frame from a rank")
+        return frame
+
+    async def close(self) -> None:
+        """Close the socket; the rank takes it as its orchestrator's end."""
+        self._writer.close()
+        try:
+            await self._writer.wait_closed()
+        except ConnectionError:
+            return

@@ -1,0 +1,1 @@
+"""What every process of Forebay needs: settings, logs, exit codes, an orderly life and end."""

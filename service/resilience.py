@@ -1,0 +1,57 @@
+"""Loops that ride out a server that is away for a while."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+
+import structlog
+from redis.exceptions import RedisError
+
+from wire.client import is_transient
+
+log = structlog.get_logger(__name__)
+
+_FIRST_DELAY_S = 0.05
+_MAX_DELAY_S = 2.0
+
+
+async def repeat(
+    name: str,
+    step: Callable[[], Awaitable[None]],
+    *,
+    stop: asyncio.Event,
+    on_reconnect: Callable[[], Awaitable[None]] | None = None,
+) -> None:
+    """Await `step()` again and again until `stop` is set.
+
+    While the server is unreachable, busy or full, wait between tries, up to two seconds; once it
+    answers again, await `on_reconnect` first. Any other error ends the loop.
+    """
+    delay_s = _FIRST_DELAY_S
+    away = False
+    while not stop.is_set():
+        try:
+            if away and on_reconnect is not None:
+                await on_reconnect()
+            await step()
+        except RedisError as error:
+            if not is_transient(error):
+                raise
+            log.warning("server unreachable", task=name, error=str(error), retry_in_s=delay_s)
+            away = True
+            await sleep_unless(stop, delay_s)
+            delay_s = min(2 * delay_s, _MAX_DELAY_S)
+        else:
+            if away:
+                log.info("server back", task=name)
+            away = False
+            delay_s = _FIRST_DELAY_S
+
+
+async def sleep_unless(stop: asyncio.Event, delay_s: float) -> None:
+    """Sleep, but no longer than until `stop` is set."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(delay_s):
+            await stop.wait()
