@@ -1,1 +1,1 @@
-"""TODO"""
+"""Worker groups: an orchestrator and its tensor-parallel ranks, which run the engine."""

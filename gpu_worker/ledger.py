@@ -77,14 +77,18 @@ class Ledger:
             self._uncommitted = [item for item in progress if item is not None]
         return self._uncommitted
 
-    def committed(self, count: int, stale: Collection[RequestId]) -> list[RequestId]:
-        """The first `count` of `uncommitted` were sent, and all but the `stale` ones written.
+    def committed(
+        self, progress: Sequence[Progress], stale: Collection[RequestId]
+    ) -> list[RequestId]:
+        """`progress`, from `uncommitted`, was sent, and all but the `stale` ones written.
 
         Returns the requests to stop: they are not this group's any more.
         """
-        done, self._uncommitted = self._uncommitted[:count], self._uncommitted[count:]
+        # By identity: while it was sent, the ledger may have been cleared and begun anew.
+        sent = set(map(id, progress))
+        self._uncommitted = [item for item in self._uncommitted if id(item) not in sent]
         # By id and fence: the request may have come back in the meantime, under a higher one.
-        current = [item for item in done if self._fence_of(item.request_id) == item.fence]
+        current = [item for item in progress if self._fence_of(item.request_id) == item.fence]
         self.forget(item.request_id for item in current if item.state is not None)
         return self.forget(item.request_id for item in current if item.request_id in stale)
 

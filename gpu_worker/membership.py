@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import structlog
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from gpu_worker.heartbeat import Heartbeat
 from wire.codec import encode
@@ -58,10 +59,10 @@ class Membership:
     async def join(self) -> None:
         """Become a member under a new epoch; a member again if the fleet had given this one up."""
         await self._stop_heartbeat()
-        self.lost.clear()
         self.epoch = await self._scripts.register(
             self.group_id, model=self._card.name, card=encode(self._card)
         )
+        self.lost.clear()  # only now: a call that failed is made again
         self._heartbeat = Heartbeat(
             self._url,
             self._keys,
@@ -95,8 +96,12 @@ class Membership:
     async def crash(self) -> None:
         """Be known as dead at once. The scheduler counts an attempt against each request."""
         await self._stop_heartbeat()
-        await self._client.delete(self._keys.status(self.group_id, self.epoch))
         log.error("group crashed", group_id=self.group_id, epoch=self.epoch)
+        try:
+            await self._client.delete(self._keys.status(self.group_id, self.epoch))
+        except RedisError as error:
+            # It is known after the group's timeout then; what it crashed of matters more here.
+            log.warning("crash not reported", error=str(error))
 
     def server_ms(self) -> int:
         """The server's clock, reckoned from the last heartbeat."""

@@ -22,7 +22,7 @@ from gpu_worker.membership import Membership
 from gpu_worker.output import TextDecoder
 from gpu_worker.rank_group import RankGroup, RankLost
 from gpu_worker.rank_protocol import AbortRequests, AddRequests, EngineStats, StepOutput
-from service.resilience import repeat, sleep_unless
+from service.resilience import one_error, repeat, sleep_unless
 from service.settings import WorkerSettings
 from wire.errors import RequestExpired
 from wire.ids import GroupId, RequestId
@@ -78,11 +78,11 @@ class Orchestrator:
         """Serve until `stop`, then drain. Raises RankLost."""
         await self._join()
         try:
-            await self._serve(stop)
-        except BaseExceptionGroup as group:
+            with one_error(RankLost):
+                await self._serve(stop)
+        except BaseException:
             await self._membership.crash()
-            # One loss is enough to end the group, and it is the one to report.
-            raise (group.subgroup(RankLost) or group).exceptions[0] from None
+            raise
         await self._membership.leave()
 
     async def _serve(self, stop: asyncio.Event) -> None:
@@ -187,7 +187,7 @@ class Orchestrator:
                 stale = await self._scripts.commit(
                     self._membership.group_id, self._membership.epoch, progress
                 )
-                await self._abort(self._ledger.committed(len(progress), stale))
+                await self._abort(self._ledger.committed(progress, stale))
         except BaseException:
             self._to_flush.set()  # what was not written is written next time
             raise

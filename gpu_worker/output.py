@@ -27,6 +27,9 @@ from wire.messages import (
 CONTEXT_TOKENS = 8
 """Prompt tokens that the decoder sees first: some tokenizers join words by what came before."""
 
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+"""What bytes decode to that are no character, or not yet."""
+
 
 class TextDecoder:
     """The tokenizer of a model, for decoding."""
@@ -35,16 +38,39 @@ class TextDecoder:
         self._tokenizer = Tokenizer.from_buffer(tokenizer_json)
         self.token_text = lru_cache(maxsize=65_536)(self._token_text)
 
-    def stream(self, context: TokenIds) -> DecodeStream:
-        """A decoder for one sequence, to use with `step`."""
-        return DecodeStream(ids=list(context), skip_special_tokens=True)
-
-    def step(self, stream: DecodeStream, token_id: int) -> str:
-        """The text that a further token gives; "" in the middle of a character."""
-        return stream.step(self._tokenizer, token_id) or ""
+    def stream(self, context: TokenIds) -> TextStream:
+        """A decoder for one sequence that begins behind the tokens of `context`."""
+        return TextStream(self._tokenizer, context)
 
     def _token_text(self, token_id: int) -> str:
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
+
+
+class TextStream:
+    """The text of one sequence, token by token."""
+
+    def __init__(self, tokenizer: Tokenizer, context: TokenIds) -> None:
+        self._tokenizer = tokenizer
+        ids = list(context)
+        # Behind half a character the decoder would begin with the text of the whole context.
+        if tokenizer.decode(ids).endswith(REPLACEMENT):
+            ids.clear()
+        self._stream = DecodeStream(ids=ids, skip_special_tokens=True)
+        self._textless: list[int] = []
+
+    def step(self, token_id: int) -> str:
+        """The text that a further token gives; "" in the middle of a character."""
+        self._textless.append(token_id)
+        try:
+            text = self._stream.step(self._tokenizer, token_id)
+        except Exception:
+            # Bytes that are no character have changed how those before them decode (tokenizers
+            # that fall back to bytes join them first). What is out stays; go on from here.
+            text = self._tokenizer.decode(self._textless)
+            self._stream = DecodeStream(ids=[token_id], skip_special_tokens=True)
+        if text:
+            self._textless.clear()
+        return text or ""
 
 
 class RequestOutput:
@@ -146,13 +172,15 @@ class RequestOutput:
     def _append(self, token_id: int) -> bool:
         """Add a token and its text. Returns True when the text has reached a stop string."""
         self._token_ids.append(token_id)
-        new_text = self._decoder.step(self._stream, token_id)
+        new_text = self._stream.step(token_id)
         searched = len(self._text)
         self._text += new_text
         if not self._stop or len(self._token_ids) <= self.assignment.sampling.min_tokens:
             return False
-        start = max(0, searched - self._longest_stop + 1)
-        found = [(self._text.find(stop, start), stop) for stop in self._stop]
+        # Only what ends in the new text: one that came within `min_tokens` does not count.
+        found = [
+            (self._text.find(stop, max(0, searched - len(stop) + 1)), stop) for stop in self._stop
+        ]
         first = min(((at, stop) for at, stop in found if at >= 0), default=None)
         if first is None:
             return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shutil
 import signal
 import socket
@@ -23,12 +24,13 @@ from gpu_worker.rank_protocol import (
     ToRank,
     rank_command,
 )
-from wire.errors import ForebayError, ModelError
+from wire.errors import ForebayError, ModelError, WireError
 
 log = structlog.get_logger(__name__)
 
 STOP_TIMEOUT_S = 10.0
 EXIT_TIMEOUT_S = 5.0
+SEND_TIMEOUT_S = 1.0
 LAST_WORDS_S = 1.0
 
 
@@ -71,7 +73,10 @@ class RankGroup:
 
     async def receive(self) -> FromRank:
         """The next frame from rank 0. Raises RankLost, or ModelError if that is what it says."""
-        frame = await self._connection.receive()
+        try:
+            frame = await self._connection.receive()
+        except WireError as error:
+            raise RankLost(f"rank 0 sent what is no frame: {error}") from error
         if frame is None:
             raise RankLost(self._first_exit or await self._exit_of(0))
         if isinstance(frame, RankError):
@@ -89,8 +94,9 @@ class RankGroup:
         """Stop all ranks, by force those that do not stop by themselves; leave none behind."""
         for watcher in self._watchers:
             watcher.cancel()
-        with contextlib.suppress(ConnectionError):
-            await self._connection.send(Stop())
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            async with asyncio.timeout(SEND_TIMEOUT_S):  # a rank that hangs reads nothing
+                await self._connection.send(Stop())
         exits = asyncio.gather(*(process.wait() for process in self._processes))
         # One rank that is gone leaves the others waiting for it in a collective.
         patience_s = STOP_TIMEOUT_S if self._all_running else 0.5
@@ -150,6 +156,7 @@ async def open_ranks(options: RankOptions, size: int) -> AsyncIterator[RankGroup
                             socket_fd=inherited,
                         ),
                         stdin=asyncio.subprocess.DEVNULL,
+                        env=_rank_environment(),
                         pass_fds=() if inherited is None else (inherited,),
                     )
                 )
@@ -161,6 +168,16 @@ async def open_ranks(options: RankOptions, size: int) -> AsyncIterator[RankGroup
     finally:
         ours.close()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _rank_environment() -> dict[str, str]:
+    """Ours, with torch's threads told to sleep instead of spin while they wait for each other.
+
+    Spinning gains little on an idle machine, and on a busy one takes the core away from the very
+    thread that is waited for (docs/LOG.md has the figures). It must be set before torch is loaded;
+    what the user has set stays.
+    """
+    return {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
 
 
 def _reported(frame: RankError) -> ForebayError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import structlog
 
@@ -15,7 +16,7 @@ from gpu_worker.rank_group import open_ranks
 from gpu_worker.rank_protocol import STUB_MODEL_PATH, RankOptions
 from service.lifecycle import shutdown_signals, unless_stopped
 from service.settings import WorkerSettings
-from wire.client import connect, ping
+from wire.client import connect, ping, redis_errors
 from wire.messages import ModelCard
 
 log = structlog.get_logger(__name__)
@@ -25,11 +26,12 @@ async def run(settings: WorkerSettings) -> None:
     """Serve until SIGTERM or SIGINT, then drain.
 
     Raises ModelError for a model that cannot be loaded, ServerUnreachable when the server does not
-    answer at the start, RankLost when a rank is lost on the way.
+    answer at the start or refuses us later, RankLost when a rank is lost on the way.
     """
     async with shutdown_signals() as stop, open_orchestrator(settings, stop) as orchestrator:
         if orchestrator is not None:
-            await orchestrator.run(stop)
+            with redis_errors(settings.redis_url.get_secret_value()):
+                await orchestrator.run(stop)
 
 
 @asynccontextmanager
@@ -58,6 +60,8 @@ async def open_orchestrator(
                 num_blocks=ready.num_blocks,
                 max_model_len=ready.max_model_len,
             )
+            # A small KV-cache may hold less than the model's context.
+            card = replace(card, max_model_len=min(card.max_model_len, ready.max_model_len))
             yield Orchestrator(
                 settings, card, ranks, client=client, blocking_client=blocking_client
             )

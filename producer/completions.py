@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from weakref import WeakValueDictionary
 
 from redis.asyncio import Redis
 
+from producer.patience import Patience
 from producer.stream_reader import StreamReader
 from wire.errors import ForebayError, ResultGone
 from wire.ids import RequestId
@@ -25,9 +27,15 @@ class Completions:
     """Futures for results. `results_key` is the producer's own stream, None if it has none."""
 
     def __init__(
-        self, client: Redis, keys: Keys, reader: StreamReader, results_key: str | None
+        self,
+        client: Redis,
+        keys: Keys,
+        reader: StreamReader,
+        results_key: str | None,
+        patience: Patience,
     ) -> None:
         self._client = client
+        self._patience = patience
         self._keys = keys
         self._reader = reader
         self._results_key = results_key
@@ -69,16 +77,21 @@ class Completions:
     async def _resolve(self, entries: Sequence[Entry]) -> None:
         ids = [RequestId(fields[b"request_id"].decode()) for _, fields in entries]
         wanted = [request_id for request_id in ids if request_id in self._futures]
+        key, entry_ids = self._results_key, [entry_id for entry_id, _ in entries]
+        assert key is not None
         try:
-            results = await fetch_results(self._client, self._keys, wanted)
-            assert self._results_key is not None
-            await self._client.xdel(self._results_key, *(entry_id for entry_id, _ in entries))
-        except Exception as error:
+            results = await self._fetch(wanted)
+            for request_id, outcome in zip(wanted, results, strict=True):
+                _set(self._futures.pop(request_id, None), outcome)
+            await self._patience.persist(lambda: self._client.xdel(key, *entry_ids))
+        except ForebayError as error:
             for request_id in wanted:
                 _set(self._futures.pop(request_id, None), error)
-            return
-        for request_id, outcome in zip(wanted, results, strict=True):
-            _set(self._futures.pop(request_id, None), outcome)
+
+    async def _fetch(self, request_ids: Sequence[RequestId]) -> list[Result | ResultGone]:
+        return await self._patience.persist(
+            lambda: fetch_results(self._client, self._keys, request_ids)
+        )
 
     def _fail(self, error: ForebayError) -> None:
         for future in list(self._futures.values()):
@@ -89,10 +102,11 @@ class Completions:
         """Wait for a result by the request's own journal: right for whoever sent it."""
         after = START
         while True:
-            [outcome] = await fetch_results(self._client, self._keys, [request_id])
+            [outcome] = await self._fetch([request_id])
             if isinstance(outcome, Result):
                 return outcome
-            if not await self._client.exists(self._keys.request(request_id)):
+            record = self._keys.request(request_id)
+            if not await self._patience.persist(partial(self._client.exists, record)):
                 raise outcome
             ended = False
             while not ended:

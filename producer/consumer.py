@@ -29,6 +29,7 @@ from wire.client import connect, is_transient, ping, redis_errors
 from wire.ids import RequestId
 from wire.keys import CONSUMERS, LIVE_TTL_MS, Keys, check_name
 from wire.messages import Result
+from wire.scripts import Scripts
 from wire.streams import Entry, ack_and_delete, claim_idle, ensure_group, read_group
 
 BLOCK_MS = 1000
@@ -75,6 +76,7 @@ class Consumer:
         self._patience_s = patience_s
         self._client = connect(url)
         self._blocking_client = connect(url, blocking=True)
+        self._scripts = Scripts(self._client, self._keys)
         self._held: set[bytes] = set()
         self._room = asyncio.Event()
         self._keep_alive: asyncio.Task[None] | None = None
@@ -104,9 +106,8 @@ class Consumer:
         self._keep_alive.cancel()
         await asyncio.gather(self._keep_alive, return_exceptions=True)
         try:
-            # DELCONSUMER throws pending entries away: only where there are none.
-            if not self._held:
-                await self._client.xgroup_delconsumer(self._key, CONSUMERS, self._name)
+            # Pending may also be what came in a reply that was never seen.
+            await self._scripts.drop_consumer(self._key, CONSUMERS, self._name)
         except RedisError:
             pass  # an empty consumer that stays in the group does no harm
         finally:
@@ -176,9 +177,10 @@ class Consumer:
 
     async def _deliveries(self, entries: list[Entry]) -> list[Delivery]:
         ids = [RequestId(fields[b"request_id"].decode()) for _, fields in entries]
-        self._held.update(entry_id for entry_id, _ in entries)
         deliveries = []
         results = await fetch_results(self._client, self._keys, ids)
+        # Only now: what is lost to an error before comes again, by take-over from ourselves.
+        self._held.update(entry_id for entry_id, _ in entries)
         for (entry_id, _), result in zip(entries, results, strict=True):
             if isinstance(result, Result):
                 deliveries.append(Delivery(result, entry_id, self))

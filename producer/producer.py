@@ -4,32 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import (
     AsyncIterable,
     AsyncIterator,
-    Awaitable,
-    Callable,
     Iterable,
     Mapping,
     Sequence,
 )
 from functools import partial
 from types import TracebackType
-from typing import Self, TypeAlias, TypeVar
-
-from redis.exceptions import RedisError
+from typing import Self, TypeAlias
 
 from producer.completions import Completions
 from producer.handle import Enqueued, RequestHandle
 from producer.many import submit_many
+from producer.patience import Patience
 from producer.stream_reader import StreamReader
-from wire.client import connect, is_transient, ping, redis_errors
+from wire.client import connect, ping, redis_errors
 from wire.codec import MAX_MESSAGE_BYTES, encode
 from wire.errors import IntakeFull, InvalidRequest
 from wire.ids import RequestId, token_ids
 from wire.keys import Keys, check_name, check_request_id
-from wire.messages import DEFAULT_TENANT, ChatMessage, Priority, Prompt, Request, Result
+from wire.messages import (
+    DEFAULT_TENANT,
+    PRIORITIES,
+    ChatMessage,
+    Priority,
+    Prompt,
+    Request,
+    Result,
+)
 from wire.records import ending
 from wire.sampling import SamplingParams
 from wire.scripts import Scripts, Submission, SubmitOutcome
@@ -43,10 +47,8 @@ DEFAULT_PATIENCE_S = 30.0
 
 MAX_REQUEST_BYTES = MAX_MESSAGE_BYTES // 4
 RETRY_AFTER_S = 1.0
-_FIRST_RETRY_S = 0.05
 
 Message: TypeAlias = ChatMessage | Mapping[str, str]
-Returned = TypeVar("Returned")
 
 
 class Producer:
@@ -74,7 +76,7 @@ class Producer:
         self._reply_to = check_name("results", results) if results else self._producer_id
         self._max_queued = max_queued
         self._result_ttl_ms = int(result_ttl_s * 1000)
-        self._patience_s = patience_s
+        self._patience = Patience(url, patience_s)
         self._keys = Keys(namespace)
         self._client = connect(url)
         self._blocking_client = connect(url, blocking=True)
@@ -91,6 +93,7 @@ class Producer:
             self._keys,
             self._reader,
             None if results else self._keys.results(self._producer_id),
+            self._patience,
         )
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -197,7 +200,7 @@ class Producer:
                 max_unread=self._max_queued,
             )
 
-        outcomes = await self.persist(call)
+        outcomes = await self._patience.persist(call)
         return [
             Enqueued(
                 request.request_id,
@@ -224,29 +227,13 @@ class Producer:
         """Ask for requests to be stopped; those that have ended already stay as they are."""
         result = encode(ending("cancelled"))
         for request_id in request_ids:
-            await self.persist(partial(self._scripts.cancel, request_id, result))
+            await self._patience.persist(partial(self._scripts.cancel, request_id, result))
 
     async def delete(self, *request_ids: RequestId) -> None:
         """Delete ended requests from the server, ahead of their time to live."""
         names = [self._keys.request(rid) for rid in request_ids]
         names += [self._keys.journal(rid) for rid in request_ids]
-        await self.persist(lambda: self._client.unlink(*names))
-
-    async def persist(self, call: Callable[[], Awaitable[Returned]]) -> Returned:
-        """Make a call that may be repeated, again and again while the server is away.
-
-        Raises ServerUnreachable after `patience_s`.
-        """
-        give_up_s, delay_s = time.monotonic() + self._patience_s, _FIRST_RETRY_S
-        with redis_errors(self._url):
-            while True:
-                try:
-                    return await call()
-                except RedisError as error:
-                    if not is_transient(error) or time.monotonic() + delay_s > give_up_s:
-                        raise
-                await asyncio.sleep(delay_s)
-                delay_s = min(2 * delay_s, 2.0)
+        await self._patience.persist(lambda: self._client.unlink(*names))
 
 
 def new_request_id() -> RequestId:
@@ -295,7 +282,18 @@ def _submission(request: Request) -> Submission:
         raise InvalidRequest(
             f"timeout_s is {timeout_s}; it must be above 0 and below 1e9", field="timeout_s"
         )
-    message = encode(request)
+    if request.priority not in PRIORITIES:
+        raise InvalidRequest(
+            f"priority is {request.priority!r}; it must be one of {', '.join(PRIORITIES)}",
+            field="priority",
+        )
+    try:
+        message = encode(request)
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            "the request holds half of a surrogate pair, which is no character: "
+            f"{error.object[error.start : error.end]!a} at {error.start} of {len(error.object)}",
+        ) from error
     if len(message) > MAX_REQUEST_BYTES:
         raise InvalidRequest(
             f"the request has {len(message)} bytes; at most {MAX_REQUEST_BYTES} are taken",

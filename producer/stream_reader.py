@@ -3,7 +3,7 @@
 A connection that blocks in XREAD can do nothing else, so a connection per awaited stream would be
 the price of a thousand streaming requests. Instead one XREAD names all streams that somebody
 waits for at the moment, and a *bell*: a stream of our own that gets an entry when the set grows
-while the read is blocked.
+(or one is wanted from further back) while the read is blocked.
 
 Nothing is read ahead: a reader that does not ask for the next entries costs no memory here.
 """
@@ -16,9 +16,10 @@ import time
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from wire.client import MAX_BLOCK_MS, is_transient, redact_url
+from wire.client import MAX_BLOCK_MS, is_transient
 from wire.errors import ServerUnreachable
 from wire.keys import BELL_TTL_MS
+from wire.redaction import mask_passwords
 from wire.streams import START, Entry, id_order, read
 
 MAX_ENTRIES = 500
@@ -42,7 +43,7 @@ class StreamReader:
         self._bell_at = START
         self._patience_s = patience_s
         self._waiting: dict[str, list[tuple[bytes, asyncio.Future[list[Entry]]]]] = {}
-        self._reading: frozenset[str] | None = None
+        self._reading: dict[str, bytes] | None = None
         self._wanted = asyncio.Event()
         self._ringing: set[asyncio.Task[None]] = set()
 
@@ -51,12 +52,22 @@ class StreamReader:
         future: asyncio.Future[list[Entry]] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(key, []).append((after, future))
         self._wanted.set()
-        if self._reading is not None and key not in self._reading:
-            self._ring()
+        if self._reading is not None:
+            reads_from = self._reading.get(key)
+            if reads_from is None or id_order(after) < id_order(reads_from):
+                self._ring()
         return future
 
     async def run(self) -> None:
         """Read until cancelled."""
+        try:
+            await self._read_on()
+        finally:
+            for ringing in self._ringing:
+                ringing.cancel()
+            await asyncio.gather(*self._ringing, return_exceptions=True)
+
+    async def _read_on(self) -> None:
         away_since: float | None = None
         while True:
             await self._wanted.wait()
@@ -79,7 +90,7 @@ class StreamReader:
             key: min((after for after, _ in waiters), key=id_order)
             for key, waiters in self._waiting.items()
         }
-        self._reading = frozenset(positions)
+        self._reading = positions
         try:
             arrived = await read(
                 self._blocking_client,
@@ -124,7 +135,7 @@ class StreamReader:
                 if not future.done():
                     future.set_exception(
                         ServerUnreachable(
-                            f"Redis server {redact_url(self._url)} is away ({error}); what was "
+                            f"Redis server {mask_passwords(self._url)} is away ({error}); what was "
                             "submitted goes on: ask again when it is back"
                         )
                     )

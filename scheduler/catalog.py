@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 from cache.prefix_hash import PrefixHasher
 from scheduler.tokenization import PromptTokenizer
 from wire.codec import decode
-from wire.errors import InvalidRequest, WireError
+from wire.errors import ForebayError
 from wire.keys import Keys
 from wire.messages import ModelCard
 
@@ -33,11 +33,6 @@ class ModelCatalog:
         """The model's tokenizer, None while no group has been seen to serve it."""
         return self._tokenizers.get(model)
 
-    @property
-    def models(self) -> list[str]:
-        """The names of all models seen so far."""
-        return sorted(self._tokenizers)
-
     async def refresh(self, model: str) -> None:
         """Load the model's card again if it changed: a group that serves it has (re)started."""
         data = await self._client.get(self._keys.model(model))
@@ -47,7 +42,7 @@ class ModelCatalog:
             card = decode(ModelCard, data)
             # Parsing a large vocabulary takes tenths of a second: not in the event loop.
             self._tokenizers[model] = await asyncio.to_thread(PromptTokenizer, card)
-        except (WireError, InvalidRequest) as error:
+        except ForebayError as error:
             log.error("model card refused", model=model, error=str(error))
             return
         self._cards[model] = data

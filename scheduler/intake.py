@@ -7,7 +7,7 @@ the request is assigned or ended. What a dead scheduler had read is taken over b
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -20,8 +20,16 @@ from wire.ids import RequestId
 from wire.keys import DISPATCHERS, LIVE_TTL_MS, SCHEDULER_TTL_MS, Keys
 from wire.messages import Priority, Request
 from wire.records import Journaled, journal_entry
-from wire.scripts import Queued
-from wire.streams import START, Entry, ack_and_delete, claim, ensure_group, read_group
+from wire.scripts import Queued, Scripts
+from wire.streams import (
+    START,
+    Entry,
+    ack_and_delete,
+    claim,
+    consumers,
+    ensure_group,
+    read_group,
+)
 from wire.streams import entries as stream_entries
 
 log = structlog.get_logger(__name__)
@@ -42,6 +50,10 @@ class Arrival:
     deadline_ms: int | None
     journaled: Journaled
 
+    def is_late(self, server_ms: int) -> bool:
+        """Whether its deadline has passed."""
+        return self.deadline_ms is not None and self.deadline_ms <= server_ms
+
 
 class Intake:
     """One scheduler's view of the intake streams of a partition."""
@@ -50,6 +62,7 @@ class Intake:
         self._client = client
         self._blocking_client = blocking_client
         self._keys = keys
+        self._scripts = Scripts(client, keys)
         self._id = os.urandom(6).hex()
         self._held: set[tuple[Priority, bytes]] = set()
         self._priority_of = {key: priority for priority, key in keys.intakes.items()}
@@ -105,19 +118,16 @@ class Intake:
                 ]
         return await self._arrivals(entries)
 
-    async def take_over(self) -> list[Arrival]:
-        """Claim what dead schedulers have read and not dispatched."""
-        arrivals: list[Arrival] = []
+    async def take_over(self) -> AsyncIterator[list[Arrival]]:
+        """Claim what dead schedulers have read and not dispatched, some of it at a time."""
         for priority, key in self._keys.intakes.items():
-            for consumer in await self._client.xinfo_consumers(key, DISPATCHERS):
-                name = consumer["name"].decode()
+            for name, num_pending in (await consumers(self._client, key, DISPATCHERS)).items():
                 if name == self._id or await self._client.exists(self._keys.scheduler(name)):
                     continue
-                if consumer["pending"]:
-                    arrivals += await self._claim_from(name, priority, key)
+                if num_pending:
+                    yield await self._claim_from(name, priority, key)
                 else:
-                    await self._client.xgroup_delconsumer(key, DISPATCHERS, name)
-        return arrivals
+                    await self._scripts.drop_consumer(key, DISPATCHERS, name)
 
     def settle(self, queued: Queued) -> None:
         """Forget an entry: its request was assigned or ended, and the entry deleted with that."""
@@ -128,6 +138,8 @@ class Intake:
             key, DISPATCHERS, "-", "+", MAX_READ, consumername=name
         )
         entry_ids = [cast("bytes", item["message_id"]) for item in pending]
+        if not entry_ids:
+            return []  # another scheduler was faster
         # A minimal idle time would not protect anybody: its owner is dead, and of two schedulers
         # that claim the same entry only one finds the request's fencing token unchanged.
         claimed = await claim(self._client, key, DISPATCHERS, self._id, entry_ids)
@@ -158,12 +170,19 @@ class Intake:
                 await ack_and_delete(self._client, key, DISPATCHERS, entry_id)
                 continue
             queued = Queued(request_id, int(fence), priority, entry_id)
-            request = _decode_request(message or b"")
-            journaled = await self._journaled(request_id) if queued.fence else Journaled()
-            self._held.add((priority, entry_id))
+            request, journaled = _decode_request(message or b""), Journaled()
+            if queued.fence:
+                try:
+                    journaled = await self._journaled(request_id)
+                except ForebayError as error:
+                    request = error
             arrivals.append(
                 Arrival(queued, request, int(deadline_ms) if deadline_ms else None, journaled)
             )
+        # Only now: what is lost to an error on the way here must be read again.
+        self._held.update(
+            (arrival.queued.priority, arrival.queued.entry_id) for arrival in arrivals
+        )
         return arrivals
 
     async def _journaled(self, request_id: RequestId) -> Journaled:

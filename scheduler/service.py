@@ -28,9 +28,9 @@ from scheduler.policy.pending import PendingRequests, ReadyRequest
 from scheduler.policy.planning import BatchLimits, PlannedBatch, Planner
 from scheduler.tokenization import PromptTokenizer
 from service.lifecycle import shutdown_signals
-from service.resilience import repeat, sleep_unless
+from service.resilience import one_error, repeat, sleep_unless
 from service.settings import SchedulerSettings
-from wire.client import connect, ping
+from wire.client import connect, ping, redis_errors
 from wire.codec import encode
 from wire.errors import ForebayError, InvalidRequest, RequestExpired
 from wire.ids import BatchId, BlockHash, TokenIds
@@ -51,10 +51,12 @@ STOP_TIMEOUT_S = 10.0
 async def run(settings: SchedulerSettings) -> None:
     """Schedule until SIGTERM or SIGINT; what is queued stays queued for the next scheduler.
 
-    Raises ServerUnreachable when the server does not answer at the start.
+    Raises ServerUnreachable when the server does not answer at the start, or refuses us later.
     """
+    url = settings.redis_url.get_secret_value()
     async with shutdown_signals() as stop, open_scheduler(settings) as scheduler:
-        await scheduler.run(stop)
+        with redis_errors(url), one_error():
+            await scheduler.run(stop)
 
 
 @contextlib.asynccontextmanager
@@ -106,7 +108,7 @@ class SchedulerService:
         self._arrived: deque[Arrival] = deque()
         self._pending: dict[str, PendingRequests] = defaultdict(PendingRequests)
         self._planners: dict[str, Planner] = {}
-        self._hashers: dict[tuple[str, str], PrefixHasher] = {}
+        self._cards_to_read: set[str] = set()
         self._to_prepare = asyncio.Event()
         self._to_dispatch = asyncio.Event()
 
@@ -119,7 +121,8 @@ class SchedulerService:
             "prepare": (self._prepare, None),
             "dispatch": (self._dispatch, None),
             "watch_fleet": (self._watch_fleet, None),
-            "take_over": (self._take_over, None),
+            "expire": (self._expire, None),
+            "take_over": (self._take_over, self._read_again),
         }
         self._stop = stop
         async with asyncio.TaskGroup() as tasks:
@@ -165,8 +168,12 @@ class SchedulerService:
 
     async def _take_over(self) -> None:
         await self._intake.heartbeat()
-        self._arrive(await self._intake.take_over())
-        await sleep_unless(self._stop, TAKE_OVER_EVERY_S)
+        num_taken = 0
+        async for arrivals in self._intake.take_over():
+            self._arrive(arrivals)
+            num_taken += len(arrivals)
+        if not num_taken:
+            await sleep_unless(self._stop, TAKE_OVER_EVERY_S)
 
     def _arrive(self, arrivals: Sequence[Arrival]) -> None:
         if arrivals:
@@ -212,23 +219,24 @@ class SchedulerService:
 
     def _model_of(self, request: Request) -> str | ForebayError | None:
         """The model to use, an error, or None while it is not known which groups will be there."""
+        served = sorted(self._fleet.view.models)
         if request.model is not None:
             if self._catalog.get(request.model) is not None:
                 return request.model
-            if self._fleet.view.groups:
-                served = ", ".join(sorted(self._fleet.view.models))
+            # A group that has just joined is in view before its model's card is read.
+            if served and request.model not in served:
                 return InvalidRequest(
-                    f"model {request.model[:80]!r} is not served here; take one of: {served}",
+                    f"model {request.model[:80]!r} is not served here; "
+                    f"take one of: {', '.join(served)}",
                     field="model",
                 )
             return None
-        known = self._catalog.models
-        if len(known) > 1:
+        if len(served) > 1:
             return InvalidRequest(
-                f"no model was named and several are served; take one of: {', '.join(known)}",
+                f"no model was named and several are served; take one of: {', '.join(served)}",
                 field="model",
             )
-        return known[0] if known else None
+        return served[0] if served and self._catalog.get(served[0]) is not None else None
 
     async def _tokenize(self, model: str, arrivals: list[tuple[Arrival, Request]]) -> None:
         tokenizer = self._catalog.get(model)
@@ -236,7 +244,10 @@ class SchedulerService:
         outcomes = await asyncio.to_thread(
             _tokenize_and_hash,
             tokenizer,
-            [(request, self._hasher(model, request.tenant)) for _, request in arrivals],
+            [
+                (request, self._catalog.hasher(model, self._tenant_salt(request.tenant)))
+                for _, request in arrivals
+            ],
         )
         for (arrival, request), outcome in zip(arrivals, outcomes, strict=True):
             if isinstance(outcome, ForebayError):
@@ -256,13 +267,6 @@ class SchedulerService:
                 )
             )
         self._to_dispatch.set()
-
-    def _hasher(self, model: str, tenant: str) -> PrefixHasher:
-        hasher = self._hashers.get((model, tenant))
-        if hasher is None:
-            hasher = self._catalog.hasher(model, self._tenant_salt(tenant))
-            self._hashers[model, tenant] = hasher
-        return hasher
 
     def _tenant_salt(self, tenant: str) -> bytes:
         return hashlib.blake2b(tenant.encode(), key=self._salt, digest_size=16).digest()
@@ -306,9 +310,8 @@ class SchedulerService:
         live: list[ReadyRequest] = []
         now_ms = self._fleet.server_ms()
         for request in batch.requests:
-            if request.deadline_ms is not None and request.deadline_ms <= now_ms:
-                expired = RequestExpired("the deadline passed while the request was queued")
-                await self._reject(request.queued, "expired", expired)
+            if request.is_late(now_ms):
+                await self._reject_late(request.queued)
             else:
                 live.append(request)
         if not live:
@@ -353,6 +356,27 @@ class SchedulerService:
             )
         )
 
+    async def _expire(self) -> None:
+        """End what its deadline has caught up with while nobody could take it."""
+        now_ms = self._fleet.server_ms()
+        waiting: list[Arrival | ReadyRequest] = [*self._arrived]
+        for pending in self._pending.values():
+            waiting += pending
+        late = {item.queued for item in waiting if item.is_late(now_ms)}
+        for queued in late:
+            await self._reject_late(queued)
+        if late:
+            # Afterwards, so that an error loses none. One that is sent in the meantime was ended
+            # already, and is left out of its batch.
+            self._arrived = deque(item for item in self._arrived if item.queued not in late)
+            for pending in self._pending.values():
+                pending.discard(late)
+        await sleep_unless(self._stop, IDLE_POLL_S)
+
+    async def _reject_late(self, queued: Queued) -> None:
+        expired = RequestExpired("the deadline passed while the request was queued")
+        await self._reject(queued, "expired", expired)
+
     async def _reject(self, queued: Queued, state: TerminalState, error: ForebayError) -> None:
         log.info("request ended in the queue", request_id=queued.request_id, reason=error.code)
         await self._scripts.reject([(queued, state, encode(ending(state, error)))])
@@ -365,9 +389,12 @@ class SchedulerService:
         for key in left:
             for planner in self._planners.values():
                 planner.forget_group(key)
-        for key in joined:
-            await self._catalog.refresh(self._fleet.view.groups[key].status.model)
-        if joined:
+        # Remembered until they were read: a group joins only once.
+        self._cards_to_read.update(self._fleet.view.groups[key].status.model for key in joined)
+        while self._cards_to_read:
+            model = min(self._cards_to_read)
+            await self._catalog.refresh(model)
+            self._cards_to_read.discard(model)
             self._to_prepare.set()
         if self._num_pending:
             self._to_dispatch.set()

@@ -1,8 +1,9 @@
 """From a request's prompt to token ids, with the tokenizer and chat template of its model.
 
 Chat templates are programs that come with a model: they run in jinja2's sandbox, which keeps them
-from everything but the values given to them. The template's interface (variables, helper
-functions) is the one that Hugging Face documents for chat templates.
+from everything but the values given to them. It does not bound their time: a template that counts
+to infinity stops the scheduler, so serve models from whom you trust that far. The template's
+interface (variables, helper functions) is the one that Hugging Face documents for chat templates.
 """
 
 from __future__ import annotations
@@ -17,26 +18,32 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from wire.errors import ForebayError, InvalidRequest, RequestTooLong
+from wire.errors import ForebayError, InvalidRequest, ModelError, RequestTooLong
 from wire.ids import TokenIds, token_ids
 from wire.messages import ChatMessage, ModelCard, Request
 
 
 class PromptTokenizer:
-    """Tokenizes the prompts of one model; usable from any one thread at a time."""
+    """Tokenizes the prompts of one model; usable from any one thread at a time.
+
+    Raises ModelError for a card whose tokenizer or chat template cannot be used.
+    """
 
     def __init__(self, card: ModelCard) -> None:
         self._card = card
-        self._tokenizer = Tokenizer.from_buffer(card.tokenizer_json)
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
-        self._template = (
-            None if card.chat_template is None else environment.from_string(card.chat_template)
-        )
+        try:
+            self._tokenizer = Tokenizer.from_buffer(card.tokenizer_json)
+            self._template = (
+                None if card.chat_template is None else environment.from_string(card.chat_template)
+            )
+        except (ValueError, TemplateError) as error:
+            raise ModelError(f"the model card of {card.name} cannot be used: {error}") from error
 
     @property
     def card(self) -> ModelCard:
@@ -95,7 +102,7 @@ class PromptTokenizer:
                 bos_token=self._card.bos_token or "",
                 eos_token=self._card.eos_token or "",
             )
-        except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        except Exception as error:  # it is a program: any error can come out of it
             raise InvalidRequest(
                 f"messages do not fit the chat template of {self._card.name}: {error}",
                 field="messages",

@@ -19,9 +19,9 @@ from pydantic import SecretStr
 
 from service import logs
 from service.exit_codes import exit_code
-from service.redaction import mask_passwords
 from service.settings import CommonSettings, flag, variable
 from wire.errors import ForebayError
+from wire.redaction import mask_passwords
 
 S = TypeVar("S", bound=CommonSettings)
 F = TypeVar("F", bound=Callable[..., Any])

@@ -14,6 +14,7 @@ from enum import IntEnum
 
 from wire.errors import (
     ConfigError,
+    FileError,
     ForebayError,
     IntakeFull,
     InvalidRequest,
@@ -22,7 +23,6 @@ from wire.errors import (
     RequestExpired,
     RequestFailed,
     ResultGone,
-    ServerUnreachable,
 )
 
 
@@ -44,20 +44,15 @@ _REQUEST_ERRORS = (
     RequestCancelled,
     RequestExpired,
     ResultGone,
-    ServerUnreachable,
 )
 
 
 def exit_code(error: BaseException) -> ExitCode:
     """The exit code that `error` ends a process with."""
     match error:
-        case ServerUnreachable():
-            return ExitCode.PIPELINE_DOWN
-        case ForebayError() if isinstance(error.__cause__, OSError):
-            return ExitCode.UNUSABLE_FILE  # opening, reading or writing it failed
         case ConfigError():
             return ExitCode.USAGE
-        case ModelError() | OSError():
+        case FileError() | ModelError() | OSError():
             return ExitCode.UNUSABLE_FILE
         case ForebayError() if isinstance(error, _REQUEST_ERRORS):
             return ExitCode.REQUESTS_FAILED

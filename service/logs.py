@@ -15,8 +15,8 @@ from typing import Any, TextIO
 import structlog
 from structlog.typing import EventDict, Processor
 
-from service.redaction import mask_passwords
 from service.settings import LogFormat, LogLevel
+from wire.redaction import mask_passwords
 
 
 def configure(

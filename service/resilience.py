@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 
 import structlog
 from redis.exceptions import RedisError
@@ -48,6 +48,21 @@ async def repeat(
                 log.info("server back", task=name)
             away = False
             delay_s = _FIRST_DELAY_S
+
+
+@contextlib.contextmanager
+def one_error(preferred: type[BaseException] = BaseException) -> Iterator[None]:
+    """Out of a group of errors, raise one: the first, or the first of the `preferred` kind.
+
+    For task groups in which one failure ends everything: the others are its consequences.
+    """
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        error: BaseException = group.subgroup(preferred) or group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from None
 
 
 async def sleep_unless(stop: asyncio.Event, delay_s: float) -> None:

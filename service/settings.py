@@ -25,8 +25,8 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from service.redaction import mask_passwords
 from wire.errors import ConfigError
+from wire.redaction import mask_passwords
 
 ENV_PREFIX = "FOREBAY_"
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from redis.asyncio import Redis
 from redis.asyncio.connection import Connection, ConnectionPool, parse_url
@@ -29,6 +28,7 @@ from redis.exceptions import (
 
 from wire.connection import CONNECTION_CLASSES
 from wire.errors import ConfigError, ServerUnreachable
+from wire.redaction import mask_passwords
 
 COMMAND_TIMEOUT_S = 10.0
 MAX_BLOCK_MS = 5000
@@ -46,7 +46,7 @@ def connect(url: str, *, blocking: bool = False) -> Redis:
     scheme = url.partition("://")[0]
     if scheme not in _SCHEMES:
         raise ConfigError(
-            f"Redis URL {redact_url(url)!r} must begin with redis://, rediss:// or unix://"
+            f"Redis URL {mask_passwords(url)!r} must begin with redis://, rediss:// or unix://"
         )
     try:
         options: dict[str, Any] = dict(parse_url(url))
@@ -63,23 +63,14 @@ def connect(url: str, *, blocking: bool = False) -> Redis:
         )
         pool.make_connection()  # connects to nothing, but knows which options there are
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"Redis URL {redact_url(url)!r} cannot be used: {error}") from error
+        raise ConfigError(f"Redis URL {mask_passwords(url)!r} cannot be used: {error}") from error
     return Redis.from_pool(pool)
-
-
-def redact_url(url: str) -> str:
-    """The URL without its password, for messages and logs."""
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    netloc = f"{parts.username or ''}:***@{parts.netloc.rpartition('@')[2]}"
-    return urlunsplit(parts._replace(netloc=netloc))
 
 
 async def ping(client: Redis, url: str) -> None:
     """Raise ServerUnreachable, with the way out, unless the server at `url` answers."""
     with redis_errors(url):
-        await client.get("forebay")  # any command that needs a working connection
+        await client.execute_command("PING")
 
 
 @contextlib.contextmanager
@@ -88,7 +79,7 @@ def redis_errors(url: str) -> Iterator[None]:
     try:
         yield
     except RedisError as error:
-        raise ServerUnreachable(_explain(error, redact_url(url))) from error
+        raise ServerUnreachable(_explain(error, mask_passwords(url))) from error
 
 
 def _explain(error: RedisError, server: str) -> str:

@@ -10,6 +10,8 @@ ForebayError
 ├── ResultGone            finished, but its result was not read within its time to live
 ├── ServerUnreachable     the Redis server cannot be reached, or refuses us
 ├── WireError             bytes from another process that break the protocol
+├── FileError             an input or output file cannot be opened, read or written
+├── PipelineFailed        a process of the pipeline ended that should not have
 ├── ModelError            a model's files are missing, damaged or not supported
 └── ConfigError           a setting or an argument that cannot be used
 """
@@ -97,6 +99,18 @@ class WireError(ForebayError):
     """Bytes that break the wire format: version, number or type of fields, size."""
 
     code: ClassVar[str] = "wire_error"
+
+
+class FileError(ForebayError):
+    """An input or output file cannot be opened, read or written; what was written stays."""
+
+    code: ClassVar[str] = "file_error"
+
+
+class PipelineFailed(ForebayError):
+    """A process of the pipeline ended that should not have."""
+
+    code: ClassVar[str] = "pipeline_failed"
 
 
 class ModelError(ForebayError):

@@ -27,7 +27,8 @@ cleans up after a fleet that was abandoned.
 The record's fields: `state`, `request` (the message, until it ends), `priority`, `stream` (0|1),
 `reply_to` (name of its results stream), `result_ttl_ms`, `fence`, `attempts`, `submitted_ms`,
 `deadline_ms`, `num_journaled` (tokens in the journal), `entry` (its intake entry), `owner`
-(`group:epoch`), `result`, `finished_ms`.
+(`group:epoch`), `cancelled` (the result to store if its group ends before it does), `result`,
+`finished_ms`.
 """
 
 from __future__ import annotations

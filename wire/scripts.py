@@ -176,6 +176,10 @@ class Scripts:
             )
         return int(reply[0]), entries
 
+    async def drop_consumer(self, stream: str, group: str, consumer: str) -> bool:
+        """Whether the consumer is out of its group: it stays while entries are pending for it."""
+        return bool(await self._run("drop_consumer", stream, group, consumer))
+
     async def reclaim(
         self,
         group_id: GroupId,

@@ -87,6 +87,17 @@ async def claim_idle(
     return _entries(reply[1])
 
 
+async def consumers(client: Redis, key: str, group: str) -> dict[str, int]:
+    """The consumers of a group, with how many entries are pending for each."""
+    try:
+        reply = await client.xinfo_consumers(key, group)
+    except ResponseError as error:
+        if _is_missing_group(error):
+            return {}
+        raise
+    return {consumer["name"].decode(): consumer["pending"] for consumer in reply}
+
+
 async def entries(client: Redis, key: str) -> list[Entry]:
     """All entries of a stream."""
     return _entries(await client.xrange(key))
@@ -101,7 +112,7 @@ async def ack_and_delete(client: Redis, key: str, group: str, *entry_ids: bytes)
 
 
 def _is_missing_group(error: ResponseError) -> bool:
-    return "NOGROUP" in str(error)
+    return any(sign in str(error) for sign in ("NOGROUP", "no such key", "UNBLOCKED"))
 
 
 def _by_stream(reply: Any) -> dict[str, list[Entry]]:

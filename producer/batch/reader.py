@@ -11,7 +11,7 @@ from functools import partial
 from io import FileIO
 
 from producer.batch.blocking import in_daemon_thread
-from wire.errors import ConfigError, ForebayError
+from wire.errors import FileError
 
 STANDARD_STREAM = "-"
 
@@ -44,7 +44,7 @@ class LineReader:
             self._file = FileIO(0, closefd=False) if path == STANDARD_STREAM else FileIO(path, "rb")
             self.status = os.fstat(self._file.fileno())
         except OSError as error:
-            raise ConfigError(
+            raise FileError(
                 f"cannot read the input {self.name}: {error.strerror}; give a file that exists "
                 f"and is readable, or - for standard input"
             ) from error
@@ -65,7 +65,7 @@ class LineReader:
         return min(1.0, self._num_bytes_used / self.status.st_size)
 
     async def lines(self) -> AsyncGenerator[Line, None]:
-        """Every line. Raises ForebayError if reading fails on the way."""
+        """Every line. Raises FileError if reading fails on the way."""
         number = 0
         parts: list[bytes] = []  # of the line that the last chunk left unfinished
         size_bytes = 0
@@ -103,4 +103,4 @@ class LineReader:
             self._waiting = False
             return chunk or b""
         except OSError as error:
-            raise ForebayError(f"cannot read {self.name} further: {error.strerror}") from error
+            raise FileError(f"cannot read {self.name} further: {error.strerror}") from error

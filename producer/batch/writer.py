@@ -11,7 +11,7 @@ import stat
 
 from producer.batch.blocking import in_daemon_thread
 from producer.batch.reader import STANDARD_STREAM
-from wire.errors import ConfigError, ForebayError
+from wire.errors import FileError
 
 
 class LineWriter:
@@ -33,7 +33,7 @@ class LineWriter:
             self._fd = os.open(path, flags, 0o666) if self._owned else 1
             self.status = os.fstat(self._fd)
         except OSError as error:
-            raise ConfigError(
+            raise FileError(
                 f"cannot write the {purpose} to {self.name}: {error.strerror}; give a path in a "
                 f"directory that exists and is writable, or - for standard output"
             ) from error
@@ -45,7 +45,7 @@ class LineWriter:
         return self.status.st_size if self._owned and self._is_regular else 0
 
     def start(self) -> None:
-        """Empty the file. Raises ForebayError if it cannot be emptied."""
+        """Empty the file. Raises FileError if it cannot be emptied."""
         try:
             if self.holds_bytes:
                 os.ftruncate(self._fd, 0)
@@ -53,7 +53,7 @@ class LineWriter:
             raise self._failed(error) from error
 
     async def append(self, line: bytes) -> None:
-        """Write one line, line break included. Raises ForebayError if the disk does not take it."""
+        """Write one line, line break included. Raises FileError if the disk does not take it."""
         async with self._lock:
             try:
                 if self._is_regular:
@@ -69,7 +69,7 @@ class LineWriter:
             self.num_lines += 1
 
     def close(self) -> None:
-        """Make sure that the disk has it all. Raises ForebayError if it does not.
+        """Make sure that the disk has it all. Raises FileError if it does not.
 
         A pipe that a cancelled write still waits for is left to the end of the process.
         """
@@ -95,8 +95,8 @@ class LineWriter:
                 os.ftruncate(self._fd, os.fstat(self._fd).st_size - num_written)
             raise
 
-    def _failed(self, error: OSError) -> ForebayError:
-        return ForebayError(
+    def _failed(self, error: OSError) -> FileError:
+        return FileError(
             f"cannot write to {self.name}: {error.strerror}; the {self.num_lines} rows written "
             f"before are safe"
         )

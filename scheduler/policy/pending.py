@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 
 from wire.ids import BlockHash, RequestId, TokenIds
@@ -47,6 +47,10 @@ class ReadyRequest:
         """The request's id."""
         return self.queued.request_id
 
+    def is_late(self, server_ms: int) -> bool:
+        """Whether its deadline has passed."""
+        return self.deadline_ms is not None and self.deadline_ms <= server_ms
+
     @property
     def num_prefill_tokens(self) -> int:
         """Tokens to compute before the first new one, if nothing of them is cached."""
@@ -63,6 +67,10 @@ class PendingRequests:
 
     def __len__(self) -> int:
         return len(self._heap)
+
+    def __iter__(self) -> Iterator[ReadyRequest]:
+        """All that are pending, in no order."""
+        return (request for _, _, request in self._heap)
 
     def count(self, priority: Priority) -> int:
         """How many requests of a class are pending."""
@@ -85,6 +93,12 @@ class PendingRequests:
         """Return what was taken and could not go; each finds its old place again."""
         for request in requests:
             self.add(request)
+
+    def discard(self, queued: Set[Queued]) -> None:
+        """Remove those of these requests that are pending."""
+        self._heap = [item for item in self._heap if item[2].queued not in queued]
+        heapq.heapify(self._heap)
+        self._counts = Counter(request.queued.priority for request in self)
 
     def oldest_wait_s(self, now_s: float) -> float:
         """How long the request that is first in line has been ready, 0 when there is none."""

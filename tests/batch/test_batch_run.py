@@ -23,7 +23,7 @@ from batch_fakes import (
 )
 
 from producer.batch import BatchOptions, BatchSummary, open_files, run_batch
-from wire.errors import ConfigError, ForebayError, ServerUnreachable
+from wire.errors import ConfigError, FileError, ForebayError, ServerUnreachable
 from wire.messages import ErrorInfo, Request, Result, TerminalState
 
 
@@ -370,7 +370,7 @@ def test_files_that_cannot_be_used_are_refused_before_anything_starts(
     for name, value in options.items():
         paths[name] = value if isinstance(value, bool) else str(tmp_path / value)
     producer = FakeProducer()
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises((ConfigError, FileError), match=said):
         asyncio.run(run_batch(BatchOptions(**paths), producer))
     assert producer.seen == []
     assert (tmp_path / "in.jsonl").read_bytes() == before

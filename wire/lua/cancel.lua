@@ -1,6 +1,7 @@
 -- Cancel a request. ARGV: id, result (the message to store if it is still queued)
 -- Returns the state that it has now ('cancelled' at once if it was queued), 'requested' when its
--- group was told to stop it, or 'unknown'.
+-- group was told to stop it, or 'unknown'. The wish is noted in the record too: a group that dies
+-- with its mail unread must not make the request run again.
 
 local id, result = ARGV[1], ARGV[2]
 local record = redis.call('HMGET', request_key(id), 'state', 'priority', 'entry', 'owner')
@@ -12,6 +13,7 @@ elseif state == 'queued' then
   finish(id, 'cancelled', result)
   return 'cancelled'
 elseif state == 'assigned' then
+  redis.call('HSET', request_key(id), 'cancelled', result)
   local group, epoch = string.match(record[4], '^(.*):(%d+)$')
   append(group_key(group, epoch, 'inbox'), LIVE_TTL_MS, 'cancel', id)
   return 'requested'

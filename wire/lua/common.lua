@@ -44,7 +44,7 @@ local function finish(id, state, result)
   local record = redis.call('HMGET', key, 'reply_to', 'stream', 'result_ttl_ms')
   local ttl_ms = tonumber(record[3])
   redis.call('HSET', key, 'state', state, 'result', result, 'finished_ms', now_ms())
-  redis.call('HDEL', key, 'request', 'entry', 'owner')
+  redis.call('HDEL', key, 'request', 'entry', 'owner', 'cancelled')
   redis.call('PEXPIRE', key, ttl_ms)
   if record[2] ~= '1' then
     -- Trimmed, not deleted: ids go on rising, so a reader in the middle of it sees the end.

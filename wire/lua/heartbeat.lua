@@ -11,4 +11,6 @@ redis.call('SET', key, status, 'PX', timeout_ms)
 redis.call('SADD', groups_key(), group .. ':' .. epoch)
 redis.call('PEXPIRE', groups_key(), LIVE_TTL_MS)
 redis.call('PEXPIRE', PREFIX .. ':model:' .. model, LIVE_TTL_MS)
+-- If the counter expired, the group's next life would get the epoch of an earlier one.
+redis.call('PEXPIRE', PREFIX .. ':epoch:' .. group, LIVE_TTL_MS)
 return now_ms()

@@ -1,6 +1,7 @@
 -- Put the requests of a group that is dead, or is leaving, back into the queue.
 -- ARGV: group, epoch, leaving (0|1), max_attempts, limit, result (for those out of attempts)
--- A crash costs each request one attempt; an orderly leave costs none.
+-- A crash costs each request one attempt; an orderly leave costs none. One whose cancellation was
+-- on its way to the group ends here.
 -- Returns how many requests were taken from it in this call (call again while it is `limit`),
 -- and how many of those failed for good; {-1, 0} when the group is alive after all.
 
@@ -17,12 +18,14 @@ local taken, failed = 0, 0
 for _, id in ipairs(redis.call('SPOP', owned, limit)) do
   taken = taken + 1
   local key = request_key(id)
-  local record = redis.call('HMGET', key, 'state', 'owner', 'priority', 'attempts')
+  local record = redis.call('HMGET', key, 'state', 'owner', 'priority', 'attempts', 'cancelled')
   if record[1] == 'assigned' and record[2] == group .. ':' .. epoch then
     local attempts = tonumber(record[4]) + (leaving and 0 or 1)
     redis.call('HSET', key, 'attempts', attempts)
     redis.call('HINCRBY', key, 'fence', 1)
-    if attempts >= max_attempts then
+    if record[5] then
+      finish(id, 'cancelled', record[5])
+    elseif not leaving and attempts >= max_attempts then
       finish(id, 'failed', result)
       failed = failed + 1
     else

@@ -1,0 +1,118 @@
+"""The KV-cache's memory on one rank: pages of keys and values, addressed by block id.
+
+One allocation, indexed (layer, key or value, head, block, slot in block, head_dim). Heads stand
+outside blocks, so that
+
+- gathering a sequence's blocks of one head yields one contiguous (tokens, head_dim) matrix, which
+  matrix multiplications take as it is;
+- a rank with other heads holds the same blocks, just other rows of the head dimension;
+- a narrower element type with one scale per (token, head) needs a plane with the same leading
+  dimensions and nothing else: only `LayerPages.store` and `LayerPages.read` know the element type.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PageShape:
+    """How one rank's pages are laid out. `block_size` is in tokens."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Memory of one block over all layers, keys and values."""
+        elements = 2 * self.num_layers * self.num_kv_heads * self.block_size * self.head_dim
+        return elements * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPages:
+    """One layer's pages: keys and values (kv_heads, num_blocks, block_size, head_dim) each.
+
+    Heads and blocks (or slots) are addressed as one flattened dimension, by rows that
+    `KVPages.block_rows` and `KVPages.slot_rows` compute once for all layers of a step: copying
+    whole rows is what torch does in parallel and at the memory's speed.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def store(self, slot_rows: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Write new tokens' keys and values (num_tokens, kv_heads, head_dim) to their slots.
+
+        `slot_rows`: what `KVPages.slot_rows` made of the tokens' slots.
+        """
+        for pages, new in ((self.keys, keys), (self.values, values)):
+            by_head = new.transpose(0, 1).reshape(len(slot_rows), -1)
+            pages.view(-1, by_head.shape[1]).index_copy_(0, slot_rows, by_head)
+
+    def read(self, block_rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of blocks' keys and values, (kv_heads, num_blocks_read * block_size, head_dim).
+
+        `block_rows`: what `KVPages.block_rows` made of the block ids. Slots that were never
+        written hold zeros, those of freed blocks old values: finite in any case, so masking
+        their scores is enough.
+        """
+        return self._read(self.keys, block_rows), self._read(self.values, block_rows)
+
+    @staticmethod
+    def _read(pages: Tensor, block_rows: Tensor) -> Tensor:
+        num_heads, num_blocks, block_size, head_dim = pages.shape
+        by_row = pages.view(num_heads * num_blocks, block_size * head_dim)
+        return by_row.index_select(0, block_rows).view(num_heads, -1, head_dim)
+
+
+class KVPages:
+    """All layers' pages on one rank."""
+
+    def __init__(self, shape: PageShape, num_blocks: int, device: torch.device) -> None:
+        """Reserve the memory. On the CPU it is committed page by page as blocks are written."""
+        self.shape = shape
+        self.num_blocks = num_blocks
+        self.data = _zeros(
+            (
+                shape.num_layers,
+                2,
+                shape.num_kv_heads,
+                num_blocks,
+                shape.block_size,
+                shape.head_dim,
+            ),
+            shape.dtype,
+            device,
+        )
+        self._layers = [LayerPages(layer[0], layer[1]) for layer in self.data]
+        self._heads = torch.arange(shape.num_kv_heads, device=device)[:, None]
+
+    def layer(self, index: int) -> LayerPages:
+        """The pages of layer `index`."""
+        return self._layers[index]
+
+    def block_rows(self, block_ids: Tensor) -> Tensor:
+        """Where blocks lie: (n,) block ids -> (kv_heads * n,) int64 rows, head by head."""
+        return (self._heads * self.num_blocks + block_ids.to(self._heads)).flatten()
+
+    def slot_rows(self, slot_mapping: Tensor) -> Tensor:
+        """Where slots lie: (n,) block_id * block_size + offset -> (kv_heads * n,) int64 rows."""
+        num_slots = self.num_blocks * self.shape.block_size
+        return (self._heads * num_slots + slot_mapping.to(self._heads)).flatten()
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy asks the system for zeroed memory, which costs nothing until it is touched; torch.zeros
+    # writes the zeros itself, and torch.empty may return old bytes that read as NaN.
+    size_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    return torch.from_numpy(np.zeros(size_bytes, dtype=np.uint8)).view(dtype).view(shape)

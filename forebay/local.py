@@ -1,0 +1,156 @@
+"""The whole pipeline on one machine: a broker, a scheduler and worker groups as our children."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from forebay.broker import Broker
+from forebay.broker_binary import find_broker
+from forebay.child import Child
+from service.lifecycle import unless_stopped
+from service.settings import LocalSettings, WorkerSettings, flag, variable
+from wire.errors import ModelError, ServerUnreachable
+
+T = TypeVar("T")
+
+_HURRIED_STOP_S = 2.0
+
+
+class LocalPipeline:
+    """The running pipeline: where its server is, and a watch over its processes."""
+
+    def __init__(self, broker: Broker, children: list[Child], patience_s: float) -> None:
+        self.url = broker.url
+        self._broker = broker
+        self._children = children
+        self._patience_s = patience_s
+
+    async def run(self, work: Coroutine[Any, Any, T], *, stop: asyncio.Event) -> T | None:
+        """The result of `work`; None if `stop` was set before it was done.
+
+        Raises what `work` raises, or why a process of the pipeline ended meanwhile.
+        """
+        return await unless_stopped(self._watched(work), stop)
+
+    def hurry(self) -> None:
+        """Nobody waits for what the groups run: let them be ended within moments."""
+        self._patience_s = _HURRIED_STOP_S
+
+    async def stop(self) -> None:
+        """End the children, then the broker; nothing that they started is left."""
+        await asyncio.gather(*(child.stop(self._patience_s) for child in self._children))
+        await self._broker.stop()
+
+    async def _watched(self, work: Coroutine[Any, Any, T]) -> T:
+        try:
+            async with asyncio.TaskGroup() as group:
+                watches = [group.create_task(self._watch_broker(), name="watch-broker")]
+                for child in self._children:
+                    watch = group.create_task(_watch_child(child), name=f"watch-{child.name}")
+                    watches.append(watch)
+                result = await work
+                for watch in watches:
+                    watch.cancel()
+        except ExceptionGroup as group_error:
+            # The first is the cause: when a process dies, the work soon fails too.
+            raise group_error.exceptions[0] from None
+        return result
+
+    async def _watch_broker(self) -> None:
+        await self._broker.wait()
+        raise ServerUnreachable(f"the embedded broker ended: {self._broker.last_words()}")
+
+
+async def _watch_child(child: Child) -> None:
+    await child.wait()
+    raise child.failure()
+
+
+@asynccontextmanager
+async def local_pipeline(
+    directory: Path,
+    *,
+    settings: LocalSettings,
+    worker_flags: Mapping[str, object],
+    verbose: bool = False,
+) -> AsyncIterator[LocalPipeline]:
+    """Bring the pipeline up in `directory`, whose lock the caller holds, and take it down again.
+
+    `worker_flags` are fields of WorkerSettings as they were given on the command line; what is
+    not given, the workers take from the environment. The pipeline is handed out as soon as the
+    server answers: requests can queue up while the model loads. An exception, or being
+    cancelled, ends the children quickly; otherwise the groups finish what they run.
+
+    Raises ConfigError or ModelError before anything was started, ServerUnreachable when the
+    broker does not come up.
+    """
+    check_model(WorkerSettings.load(**worker_flags))
+    broker = await Broker.start_or_attach(
+        directory, binary=find_broker(settings.broker), timeout_s=settings.start_timeout_s
+    )
+    children: list[Child] = []
+    pipeline = LocalPipeline(broker, children, settings.stop_timeout_s)
+    try:
+        environment = _environment(broker.url, settings, verbose)
+        for name, program in _programs(settings, worker_flags).items():
+            log_path = directory / f"{name}.log"
+            child = await Child.start(
+                name, program, environment=environment, log_path=log_path, echo=verbose
+            )
+            children.append(child)
+        yield pipeline
+    except BaseException:
+        pipeline.hurry()
+        raise
+    finally:
+        await pipeline.stop()
+
+
+def check_model(settings: WorkerSettings) -> None:
+    """Raise ModelError when the model is not there: better now than after everything started."""
+    path = settings.model_path
+    if path is not None and not path.exists():
+        raise ModelError(
+            f"model {path}: no such file or directory; "
+            f"give --model (or {variable('model')}) a safetensors directory or a GGUF file"
+        )
+
+
+def _programs(settings: LocalSettings, worker_flags: Mapping[str, object]) -> dict[str, list[str]]:
+    """The command line of each service, by name."""
+    # -P: a cache.py in the user's working directory must not be taken for ours.
+    python = [sys.executable, "-P", "-m"]
+    flags = {name: value for name, value in worker_flags.items() if value is not None}
+    if settings.groups > 1:
+        workers = WorkerSettings.load(**flags)
+        ranks = settings.groups * workers.tensor_parallel_size
+        # Each group would otherwise take the whole machine for itself.
+        flags.setdefault("threads", workers.threads or max(1, (os.cpu_count() or 1) // ranks))
+    arguments = [part for name in flags for part in (flag(WorkerSettings, name), str(flags[name]))]
+    names = ["worker"] if settings.groups == 1 else [f"worker-{i}" for i in range(settings.groups)]
+    return {
+        "scheduler": [*python, "scheduler"],
+        **{name: [*python, "gpu_worker", *arguments] for name in names},
+    }
+
+
+def _environment(url: str, settings: LocalSettings, verbose: bool) -> dict[str, str]:
+    """Ours, with what the children must agree on. The URL is no argument: `ps` would show it."""
+    environment = dict(os.environ)
+    if settings.groups > 1:
+        # A group's name is its own: each one makes one up.
+        environment.pop(variable("group_id"), None)
+    readable = settings.log_format == "auto" and verbose and sys.stderr.isatty()
+    shared = {
+        "redis_url": url,
+        "namespace": settings.namespace,
+        "log_level": settings.log_level,
+        "log_format": "console" if readable else settings.log_format,
+    }
+    return environment | {variable(name): value for name, value in shared.items()}

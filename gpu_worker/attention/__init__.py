@@ -1,0 +1,1 @@
+"""Paged attention: one signature (`interface`), several implementations, one `choice`."""

@@ -1,0 +1,236 @@
+"""Continuous batching: requests join and leave between any two steps of the model."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from cache.block_pool import BlockPool
+from cache.prefix_hash import PrefixHasher
+from gpu_worker.engine.iteration_scheduler import IterationScheduler
+from gpu_worker.engine.random_numbers import seed_to_uint64
+from gpu_worker.engine.sampler import Sampled, Sampler
+from gpu_worker.engine.sequence import End, Sequence
+from gpu_worker.engine.step_builder import StepBuilder
+from gpu_worker.rank_protocol import (
+    EngineStats,
+    RankOptions,
+    RawLogprob,
+    SequenceOutput,
+    StepOutput,
+)
+from gpu_worker.step_plan import StepPlan
+from wire.errors import InvalidRequest, RequestTooLong
+from wire.ids import RequestId, TokenIds, token_ids
+from wire.messages import Assignment, ErrorInfo
+
+_NUM_SALTS = 1024
+
+
+class Runner(Protocol):
+    """What executes steps: one process's model, or the lead of several."""
+
+    def execute(self, plan: StepPlan) -> Tensor:
+        """Logits of the plan's `logits_rows`: (num_samples, vocab_size) float32, to be changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineModel:
+    """What the engine must know of the model and the cache that its runner holds.
+
+    `cache_format` names what changes a cached block's contents for the same tokens.
+    """
+
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...]
+    num_blocks: int
+    cache_format: str
+
+
+class Engine:
+    """Runs requests: `add`, then `step` while `has_work`; one thread calls all of it."""
+
+    def __init__(self, runner: Runner, model: EngineModel, options: RankOptions) -> None:
+        # A sequence that had the whole pool to itself could not grow beyond this.
+        self.max_model_len = min(model.max_model_len, model.num_blocks * options.block_size)
+        self.num_blocks = model.num_blocks
+        self.vocab_size = model.vocab_size
+        self._runner = runner
+        self._eos_token_ids = frozenset(model.eos_token_ids)
+        self._scheduler = IterationScheduler(
+            BlockPool(model.num_blocks, options.block_size),
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            prefix_caching=options.prefix_caching,
+        )
+        self._step_builder = StepBuilder(
+            max_num_seqs=options.max_num_seqs,
+            max_blocks_per_seq=self._scheduler.pool.num_blocks_for(self.max_model_len),
+            block_size=options.block_size,
+        )
+        self._sampler = Sampler(max_num_seqs=options.max_num_seqs, vocab_size=model.vocab_size)
+        self._sequences: dict[RequestId, Sequence] = {}
+        self._ended_early: list[SequenceOutput] = []  # refused, or complete as they came
+        self._num_generated_tokens = 0
+
+        @lru_cache(maxsize=_NUM_SALTS)
+        def hasher(salt: bytes) -> PrefixHasher:
+            return PrefixHasher(
+                model=options.model_name,
+                cache_format=model.cache_format,
+                salt=salt,
+                block_size=options.block_size,
+            )
+
+        self._hasher = hasher
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._sequences or self._ended_early)
+
+    def add(self, assignment: Assignment) -> None:
+        """Queue a request; one that cannot be served ends with an error in the next step's outputs.
+
+        A request that is already here is replaced if the new fence is higher, else kept.
+        """
+        running = self._sequences.get(assignment.request_id)
+        if running is not None:
+            if running.assignment.fence >= assignment.fence:
+                return
+            self.abort(assignment.request_id)
+        try:
+            self._validate(assignment)
+        except InvalidRequest as error:
+            self._ended_early.append(_refusal(assignment, error))
+            return
+        sequence = self._make_sequence(assignment)
+        end = sequence.end() if sequence.num_generated else None
+        if end is not None:
+            self._ended_early.append(_output(sequence, (), None, end))
+            return
+        self._sequences[assignment.request_id] = sequence
+        self._scheduler.add(sequence)
+
+    def abort(self, request_id: RequestId) -> None:
+        """Drop a request and what it holds; no output will name it. Unknown ids are ignored."""
+        self._ended_early = [o for o in self._ended_early if o.request_id != request_id]
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is not None:
+            self._scheduler.remove(sequence)
+
+    def step(self) -> StepOutput:
+        """Compute one step and return what it gave: schedule, run, postprocess."""
+        started_s = time.perf_counter()
+        outputs, self._ended_early = self._ended_early, []
+        schedule = self._scheduler.schedule()
+        if schedule:
+            plan, sampling = self._step_builder.build(schedule)
+            logits = self._runner.execute(plan)
+            self._scheduler.complete(schedule)
+            if sampling:
+                outputs += self._apply(sampling, self._sampler.sample(logits, sampling))
+        stats = self._stats(sum(schedule.values()), time.perf_counter() - started_s)
+        return StepOutput(tuple(outputs), stats)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if the blocks' bookkeeping contradicts itself; for idle moments."""
+        self._scheduler.pool.check_integrity(s.block_table for s in self._sequences.values())
+
+    def _validate(self, assignment: Assignment) -> None:
+        params, tokens = assignment.sampling, assignment.prompt_token_ids
+        if not tokens:
+            raise InvalidRequest("the prompt has no tokens", field="prompt")
+        if len(tokens) >= self.max_model_len:
+            raise RequestTooLong(
+                f"the prompt has {len(tokens)} tokens; at most {self.max_model_len - 1} leave room"
+                " for an answer",
+                field="prompt",
+            )
+        self._check_vocabulary("prompt", tokens)
+        self._check_vocabulary("generated", assignment.generated)
+        self._check_vocabulary("stop_token_ids", token_ids(params.stop_token_ids))
+
+    def _check_vocabulary(self, field: str, tokens: TokenIds) -> None:
+        highest = int(np.frombuffer(tokens, np.uint32).max(initial=0))
+        if highest >= self.vocab_size:
+            raise InvalidRequest(
+                f"token id {highest} in {field} is not in the vocabulary of {self.vocab_size}",
+                field=field,
+            )
+
+    def _make_sequence(self, assignment: Assignment) -> Sequence:
+        params = assignment.sampling
+        eos = frozenset[int]() if params.ignore_eos else self._eos_token_ids
+        max_num_tokens = self.max_model_len
+        if params.max_tokens is not None:
+            num_wanted = len(assignment.prompt_token_ids) + params.max_tokens
+            max_num_tokens = min(max_num_tokens, num_wanted)
+        return Sequence(
+            assignment,
+            seed=seed_to_uint64(params.seed),
+            stop_token_ids=eos.union(params.stop_token_ids) if params.stop_token_ids else eos,
+            max_num_tokens=max_num_tokens,
+            hasher=self._hasher(assignment.cache_salt),
+        )
+
+    def _apply(self, sampling: list[Sequence], sampled: Sampled) -> list[SequenceOutput]:
+        outputs = []
+        logprobs = sampled.logprobs or [None] * len(sampling)
+        for sequence, token_id, logprob in zip(sampling, sampled.token_ids, logprobs, strict=True):
+            sequence.append(token_id)
+            end = sequence.end()
+            if end is not None:
+                del self._sequences[sequence.request_id]
+                self._scheduler.remove(sequence)
+            outputs.append(_output(sequence, (token_id,), logprob, end))
+        self._num_generated_tokens += len(outputs)
+        return outputs
+
+    def _stats(self, num_step_tokens: int, step_s: float) -> EngineStats:
+        scheduler = self._scheduler
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_blocks=scheduler.pool.num_blocks,
+            num_free_blocks=scheduler.pool.num_free,
+            num_step_tokens=num_step_tokens,
+            step_s=step_s,
+            num_prefill_tokens_total=scheduler.num_prefill_tokens,
+            num_cached_tokens_total=scheduler.num_cached_tokens,
+            num_generated_tokens_total=self._num_generated_tokens,
+            num_preemptions_total=scheduler.num_preemptions,
+        )
+
+
+def _output(
+    sequence: Sequence,
+    new_token_ids: tuple[int, ...],
+    logprob: RawLogprob | None,
+    end: End | None,
+) -> SequenceOutput:
+    return SequenceOutput(
+        request_id=sequence.request_id,
+        fence=sequence.assignment.fence,
+        token_ids=token_ids(new_token_ids),
+        logprobs=None if logprob is None else (logprob,),
+        finish_reason=None if end is None else end.reason,
+        stop_token_id=None if end is None else end.stop_token_id,
+        num_prompt_tokens=sequence.num_prompt_tokens,
+        num_cached_tokens=sequence.num_cached_tokens or 0,
+    )
+
+
+def _refusal(assignment: Assignment, error: InvalidRequest) -> SequenceOutput:
+    return SequenceOutput(
+        request_id=assignment.request_id,
+        fence=assignment.fence,
+        error=ErrorInfo(error.code, str(error), error.field),
+        num_prompt_tokens=len(assignment.prompt_token_ids),
+    )

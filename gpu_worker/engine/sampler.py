@@ -1,0 +1,159 @@
+"""From logits to the next token of each sequence, for the whole batch at once.
+
+    raw logits ──> log probabilities, where asked for
+        │ penalties, then end-of-sequence and stop tokens masked before `min_tokens`
+        ├──> greedy rows: argmax
+        └──> others: temperature, min-p, top-k, top-p, one draw
+
+Log probabilities are those of the model itself, before penalties and temperature. When all rows
+are greedy and none asks for anything, sampling is a single argmax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from gpu_worker.engine.logit_adjustments import apply_penalties, mask_early_stops
+from gpu_worker.engine.random_numbers import uniforms
+from gpu_worker.engine.sequence import Sequence
+from gpu_worker.engine.token_filters import draw, filter_thresholds
+from gpu_worker.rank_protocol import RawLogprob
+from wire.ids import token_ids
+
+_MIN_TEMPERATURE = 1e-5
+"""Lower ones act the same on float32 logits, and could divide by a zero."""
+
+
+class Sampled(NamedTuple):
+    """The next token of each sequence, and its log probability where the request asks for it."""
+
+    token_ids: list[int]
+    logprobs: list[RawLogprob | None] | None
+
+
+class Sampler:
+    """Keeps the sampling parameters of the running sequences in arrays, by their rows."""
+
+    def __init__(self, *, max_num_seqs: int, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._seeds = np.zeros(max_num_seqs, np.uint64)
+        self._temperature = np.zeros(max_num_seqs, np.float32)
+        self._top_k = np.zeros(max_num_seqs, np.int64)
+        self._top_p = np.zeros(max_num_seqs, np.float32)
+        self._min_p = np.zeros(max_num_seqs, np.float32)
+        self._num_logprobs = np.zeros(max_num_seqs, np.int64)  # 0: none, n + 1: the n best
+        self._is_plain = np.zeros(max_num_seqs, np.bool_)
+        self._needs_mask = np.zeros(max_num_seqs, np.bool_)
+        self._has_penalties = np.zeros(max_num_seqs, np.bool_)
+        self._owners: list[Sequence | None] = [None] * max_num_seqs
+
+    @torch.inference_mode()
+    def sample(self, logits: Tensor, sequences: Seq[Sequence]) -> Sampled:
+        """Draw for each sequence from its row of `logits`.
+
+        `logits`: (sequences, vocab) float32, overwritten.
+        """
+        rows = self._rows(sequences)
+        if self._is_plain[rows].all():
+            return Sampled(logits.argmax(1).tolist(), None)
+        wants_logprobs = np.flatnonzero(self._num_logprobs[rows])
+        raw = logits[_index(wants_logprobs, logits)] if wants_logprobs.size else None
+        for i in np.flatnonzero(self._needs_mask[rows]).tolist():
+            mask_early_stops(logits[i], sequences[i])
+        penalized = np.flatnonzero(self._has_penalties[rows]).tolist()
+        if penalized:
+            apply_penalties(logits, {i: sequences[i] for i in penalized})
+        chosen = self._choose(logits, rows, sequences)
+        if raw is None:
+            return Sampled(chosen.tolist(), None)
+        found = self._logprobs(raw, chosen[_index(wants_logprobs, logits)], rows[wants_logprobs])
+        logprobs: list[RawLogprob | None] = [None] * len(sequences)
+        for i, logprob in zip(wants_logprobs.tolist(), found, strict=True):
+            logprobs[i] = logprob
+        return Sampled(chosen.tolist(), logprobs)
+
+    def _rows(self, sequences: Seq[Sequence]) -> npt.NDArray[np.intp]:
+        rows = [sequence.row for sequence in sequences]
+        for row, sequence in zip(rows, sequences, strict=True):
+            assert row is not None, "only running sequences sample"
+            if self._owners[row] is not sequence:
+                self._take_row(row, sequence)
+        return np.array(rows, np.intp)
+
+    def _take_row(self, row: int, sequence: Sequence) -> None:
+        params = sequence.params
+        self._owners[row] = sequence
+        self._seeds[row] = sequence.seed
+        self._temperature[row] = params.temperature
+        self._top_k[row] = min(params.top_k or self._vocab_size, self._vocab_size)
+        self._top_p[row] = params.top_p
+        self._min_p[row] = params.min_p
+        self._num_logprobs[row] = 0 if params.logprobs is None else params.logprobs + 1
+        self._needs_mask[row] = params.min_tokens > 0
+        self._has_penalties[row] = sequence.token_counts is not None
+        self._is_plain[row] = (
+            params.greedy
+            and params.logprobs is None
+            and params.min_tokens == 0
+            and sequence.token_counts is None
+        )
+
+    def _choose(
+        self, logits: Tensor, rows: npt.NDArray[np.intp], sequences: Seq[Sequence]
+    ) -> Tensor:
+        drawn = np.flatnonzero(self._temperature[rows])
+        if not drawn.size:
+            return logits.argmax(1)
+        positions = np.array([sequences[i].num_generated for i in drawn.tolist()], np.uint64)
+        if drawn.size == len(sequences):
+            return self._draw(logits, rows, positions)
+        chosen = logits.argmax(1)
+        where = _index(drawn, logits)
+        chosen[where] = self._draw(logits[where], rows[drawn], positions)
+        return chosen
+
+    def _draw(
+        self, logits: Tensor, rows: npt.NDArray[np.intp], positions: npt.NDArray[np.uint64]
+    ) -> Tensor:
+        def parameter(table: npt.NDArray[np.generic]) -> Tensor:
+            return torch.from_numpy(table[rows]).to(logits.device)
+
+        temperature = parameter(self._temperature).clamp_(min=_MIN_TEMPERATURE)
+        scores = logits.sub_(logits.amax(1, keepdim=True)).div_(temperature.unsqueeze(1))
+        unfiltered = (
+            (self._top_k[rows] == self._vocab_size)
+            & (self._top_p[rows] == 1.0)
+            & (self._min_p[rows] == 0.0)
+        )
+        if not unfiltered.all():
+            thresholds = filter_thresholds(
+                scores, parameter(self._top_k), parameter(self._top_p), parameter(self._min_p)
+            )
+            scores.masked_fill_(scores < thresholds.unsqueeze(1), -torch.inf)
+        shares = torch.from_numpy(uniforms(self._seeds[rows], positions))
+        return draw(scores, shares.to(logits.device))
+
+    def _logprobs(
+        self, raw: Tensor, chosen: Tensor, rows: npt.NDArray[np.intp]
+    ) -> list[RawLogprob]:
+        logprobs = raw.log_softmax(1)
+        own = logprobs.gather(1, chosen.unsqueeze(1)).squeeze(1).tolist()
+        counts = self._num_logprobs[rows] - 1
+        best = logprobs.topk(min(int(counts.max()), self._vocab_size), dim=1)
+        values, ids = best.values.tolist(), best.indices.tolist()
+        return [
+            RawLogprob(token_id, logprob, token_ids(ids[i][:count]), tuple(values[i][:count]))
+            for i, (token_id, logprob, count) in enumerate(
+                zip(chosen.tolist(), own, counts.tolist(), strict=True)
+            )
+        ]
+
+
+def _index(positions: npt.NDArray[np.intp], like: Tensor) -> Tensor:
+    return torch.from_numpy(positions).to(like.device)

@@ -1,0 +1,81 @@
+"""Lays a schedule out as the tensors of a step plan."""
+
+from __future__ import annotations
+
+from array import array
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from gpu_worker.engine.iteration_scheduler import Schedule
+from gpu_worker.engine.sequence import Sequence
+from gpu_worker.step_plan import StepPlan
+
+
+class StepBuilder:
+    """Holds the block tables of the running sequences, one row each, between steps.
+
+    A sequence's row is copied anew only in the steps in which its block table changed; all other
+    figures are computed for all sequences at once.
+    """
+
+    def __init__(self, *, max_num_seqs: int, max_blocks_per_seq: int, block_size: int) -> None:
+        self._block_tables = np.zeros((max_num_seqs, max_blocks_per_seq), np.int32)
+        self._block_size = block_size
+
+    def build(self, schedule: Schedule) -> tuple[StepPlan, list[Sequence]]:
+        """The plan, and the sequences that sample, in the order of its `logits_rows`."""
+        tokens = array("I")
+        sampling: list[Sequence] = []
+        for sequence, num_tokens in schedule.items():
+            start = sequence.num_computed
+            if num_tokens == 1:
+                tokens.append(sequence.token_ids[start])
+            else:
+                tokens.extend(sequence.token_ids[start : start + num_tokens])
+            if start + num_tokens == len(sequence.token_ids):
+                sampling.append(sequence)
+            if sequence.block_table_changed:
+                self._copy_block_table(sequence)
+
+        num_seqs = len(schedule)
+        counts = np.fromiter(schedule.values(), np.int32, num_seqs)
+        starts = np.fromiter((s.num_computed for s in schedule), np.int32, num_seqs)
+        rows = np.fromiter((s.row for s in schedule), np.int32, num_seqs)
+        samples = np.fromiter((len(s.token_ids) for s in schedule), np.int32, num_seqs)
+        query_starts = np.zeros(num_seqs + 1, np.int32)
+        np.cumsum(counts, out=query_starts[1:])
+        context_lens = starts + counts
+
+        # The position of flat row r of sequence s is starts[s] + r - query_starts[s].
+        flat_rows = np.arange(len(tokens), dtype=np.int32)
+        positions = np.repeat(starts - query_starts[:-1], counts) + flat_rows
+        table_rows = np.repeat(rows, counts)
+        blocks = self._block_tables[table_rows, positions // self._block_size]
+        slots = blocks * np.int32(self._block_size) + positions % self._block_size
+
+        max_num_blocks = -(-int(context_lens.max()) // self._block_size)
+        logits_rows = query_starts[1:][context_lens == samples] - 1
+        plan = StepPlan(
+            token_ids=_int32(np.frombuffer(tokens, np.uint32)),
+            positions=_int32(positions),
+            slot_mapping=_int32(slots),
+            query_starts=_int32(query_starts),
+            context_lens=_int32(context_lens),
+            block_tables=_int32(self._block_tables[rows, :max_num_blocks]),
+            logits_rows=_int32(logits_rows),
+        )
+        return plan, sampling
+
+    def _copy_block_table(self, sequence: Sequence) -> None:
+        row = self._block_tables[sequence.row]
+        num_blocks = len(sequence.block_table)
+        row[:num_blocks] = np.frombuffer(sequence.block_table, np.int32)
+        # What an earlier sequence left behind must not reach the plan: its padding is 0.
+        row[num_blocks:] = 0
+        sequence.block_table_changed = False
+
+
+def _int32(values: npt.NDArray[np.int32] | npt.NDArray[np.uint32]) -> torch.Tensor:
+    return torch.from_numpy(values.astype(np.int32, copy=False))

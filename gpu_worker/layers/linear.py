@@ -1,0 +1,41 @@
+"""Linear layers of which each tensor-parallel rank holds a part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn.functional import linear
+
+from gpu_worker.tensor_parallel import TensorParallelGroup
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnParallelLinear:
+    """This rank's outputs of a linear layer; inputs are whole on every rank.
+
+    `weight`: (local outputs, inputs), several projections fused where they share their input.
+    `bias`: (local outputs,) or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """(num_tokens, inputs) -> (num_tokens, local outputs)."""
+        return linear(values, self.weight, self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class RowParallelLinear:
+    """A linear layer whose inputs are spread over the ranks; outputs are whole on every rank.
+
+    `weight`: (outputs, local inputs).
+    """
+
+    weight: Tensor
+    group: TensorParallelGroup
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """(num_tokens, local inputs) -> (num_tokens, outputs), summed over the ranks."""
+        return self.group.all_reduce(linear(values, self.weight))

@@ -1,0 +1,73 @@
+"""Which part of each weight matrix a tensor-parallel rank holds: plain integers, no tensors.
+
+Query heads are dealt out in order and as evenly as they go; a rank also holds the key/value heads
+that its query heads read. SmolLM2's 9 query and 3 key/value heads over 2 ranks:
+
+    query head      0  1  2  3  4 | 5  6  7  8
+    key/value head  0  0  0  1  1 | 1  2  2  2
+
+so key/value head 1 lives on both. With more ranks than key/value heads, several ranks hold the
+same one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gpu_worker.models.config import ModelConfig
+from wire.errors import ModelError
+
+
+def even_split(total: int, size: int, rank: int) -> range:
+    """The part of `range(total)` that is `rank`'s: contiguous; the first ones get the remainder."""
+    quotient, remainder = divmod(total, size)
+    start = rank * quotient + min(rank, remainder)
+    return range(start, start + quotient + (rank < remainder))
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShard:
+    """One rank's part of the model. All ranges count in the whole model's units.
+
+    `query_heads` and `kv_heads` are heads; `mlp_columns` are columns of the intermediate
+    activations; `vocab_rows` are token ids.
+    """
+
+    rank: int
+    size: int
+    query_heads: range
+    kv_heads: range
+    mlp_columns: range
+    vocab_rows: range
+    kv_head_of_query: tuple[int, ...]
+    """Local query head -> local key/value head."""
+
+
+def shard_model(config: ModelConfig, size: int, rank: int) -> ModelShard:
+    """Rank `rank`'s part among `size`.
+
+    Raises ModelError if there are more ranks than query heads, for then some would have none.
+    """
+    if not 1 <= size <= config.num_heads:
+        raise ModelError(
+            f"tensor-parallel size {size} does not fit a model of {config.num_heads} query "
+            f"heads; use 1 to {config.num_heads}"
+        )
+    assert 0 <= rank < size
+    group_len = config.num_heads // config.num_kv_heads
+    query_heads = even_split(config.num_heads, size, rank)
+    kv_heads = range(query_heads[0] // group_len, query_heads[-1] // group_len + 1)
+    return ModelShard(
+        rank=rank,
+        size=size,
+        query_heads=query_heads,
+        kv_heads=kv_heads,
+        mlp_columns=even_split(config.intermediate_size, size, rank),
+        vocab_rows=even_split(config.vocab_size, size, rank),
+        kv_head_of_query=tuple(q // group_len - kv_heads.start for q in query_heads),
+    )
+
+
+def max_kv_heads(config: ModelConfig, size: int) -> int:
+    """The most key/value heads that any of `size` ranks holds."""
+    return max(len(shard_model(config, size, rank).kv_heads) for rank in range(size))

@@ -1,0 +1,1 @@
+"""The models: configuration, weights and tokenizers read from files, and the decoder itself."""
