@@ -98,6 +98,8 @@ async def local_pipeline(
     pipeline = LocalPipeline(broker, children, settings.stop_timeout_s)
     try:
         environment = _environment(broker.url, settings, verbose)
+        # Their temporary files go with the directory, also when they are killed.
+        environment["TMPDIR"] = str(directory)
         for name, program in _programs(settings, worker_flags).items():
             log_path = directory / f"{name}.log"
             child = await Child.start(

@@ -32,6 +32,7 @@ STOP_TIMEOUT_S = 10.0
 EXIT_TIMEOUT_S = 5.0
 SEND_TIMEOUT_S = 1.0
 LAST_WORDS_S = 1.0
+SPIN_COUNT = 10_000
 
 
 class RankLost(ForebayError):
@@ -171,13 +172,15 @@ async def open_ranks(options: RankOptions, size: int) -> AsyncIterator[RankGroup
 
 
 def _rank_environment() -> dict[str, str]:
-    """Ours, with torch's threads told to sleep instead of spin while they wait for each other.
+    """Ours, with torch's threads told to spin only shortly while they wait for each other.
 
-    Spinning gains little on an idle machine, and on a busy one takes the core away from the very
-    thread that is waited for (docs/LOG.md has the figures). It must be set before torch is loaded;
-    what the user has set stays.
+    On an idle machine spinning is faster than sleeping; on a busy one it takes the core away from
+    the very thread that is waited for (docs/LOG.md has the figures). It must be set before torch is
+    loaded; what the user has set stays.
     """
-    return {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ
+    if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
+        return dict(os.environ)
+    return {**os.environ, "GOMP_SPINCOUNT": str(SPIN_COUNT)}
 
 
 def _reported(frame: RankError) -> ForebayError:

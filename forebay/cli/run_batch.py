@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -41,6 +42,12 @@ if TYPE_CHECKING:
 @click.option(
     "--errors", metavar="FILE", help="Where failed rows go; among the answers if not given."
 )
+@click.option(
+    "--max-line-bytes",
+    type=click.IntRange(min=1024),
+    metavar="BYTES",
+    help="Longer rows fail; 8 MiB if not given.",
+)
 @click.option("--overwrite", is_flag=True, help="Lose what the output files hold already.")
 @click.option("--verbose", is_flag=True, help="Show the logs of all processes.")
 @click.option(
@@ -57,6 +64,7 @@ def run_batch_command(
     input_path: str,
     output_path: str,
     errors: str | None,
+    max_line_bytes: int | None,
     overwrite: bool,
     verbose: bool,
     **flags: Any,
@@ -77,6 +85,8 @@ def run_batch_command(
     engine_flags = take_engine_flags(flags)
     settings = load_local(flags, verbose=verbose)
     options = BatchOptions(input_path, output_path, errors=errors, overwrite=overwrite)
+    if max_line_bytes is not None:
+        options = replace(options, max_line_bytes=max_line_bytes)
     embedded = _is_embedded(settings, engine_flags, redis_given=flags["redis_url"] is not None)
     with open_files(options) as files:
         summary = asyncio.run(

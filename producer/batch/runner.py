@@ -144,7 +144,7 @@ class _Run:
         if line.content is None:
             error = InvalidRequest(
                 f"the line is {line.size_bytes} bytes long; the limit is "
-                f"{self._options.max_line_bytes}: shorten it, or raise max_line_bytes"
+                f"{self._options.max_line_bytes}: shorten it, or raise --max-line-bytes"
             )
             return RowFailure.of(line.number, None, error)
         row = parse_row(line.content, line.number)

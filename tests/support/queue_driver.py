@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator
+from typing import cast
 
 from redis.asyncio import Redis
 
@@ -15,6 +16,7 @@ from wire.messages import (
     Assignment,
     Chunk,
     GroupStatus,
+    ModelCard,
     Priority,
     Prompt,
     Request,
@@ -71,7 +73,8 @@ class QueueDriver:
         )
 
     async def record(self, request_id: str) -> dict[str, bytes]:
-        fields = await self.client.hgetall(self.keys.request(RequestId(request_id)))
+        key = self.keys.request(RequestId(request_id))
+        fields = cast("dict[bytes, bytes]", await self.client.hgetall(key))
         return {name.decode(): value for name, value in fields.items()}
 
     async def state(self, request_id: str) -> str | None:
@@ -84,14 +87,20 @@ class QueueDriver:
     async def queued(self, request_id: str) -> Queued:
         """What a scheduler that has just read the request knows of it."""
         record = await self.record(request_id)
-        priority: Priority = record["priority"].decode()  # type: ignore[assignment]
+        priority = cast("Priority", record["priority"].decode())
         entry = record.get("entry", b"0-1")
         return Queued(RequestId(request_id), int(record["fence"]), priority, entry)
 
     async def join(
-        self, group: str = "g", *, timeout_ms: int = LONG_MS, credits: int = 8, model: str = "m"
+        self,
+        group: str = "g",
+        *,
+        timeout_ms: int = LONG_MS,
+        model: str = "m",
+        card: ModelCard | None = None,
     ) -> int:
-        epoch = await self.scripts.register(GroupId(group), model=model, card=b"card")
+        data = b"no card" if card is None else encode(card)
+        epoch = await self.scripts.register(GroupId(group), model=model, card=data)
         assert await self.beat(group, epoch, first=True, timeout_ms=timeout_ms, model=model)
         return epoch
 
@@ -158,7 +167,7 @@ class QueueDriver:
     async def result(self, request_id: str) -> Result | None:
         rid = RequestId(request_id)
         fields = await self.client.hmget(self.keys.request(rid), *RESULT_FIELDS)
-        return result_from_record(rid, fields)
+        return result_from_record(rid, cast("list[bytes | None]", fields))
 
     async def ended(self, name: str = "results") -> list[tuple[str, str]]:
         """The results stream: ids and states in the order in which requests ended."""

@@ -27,6 +27,7 @@ from support.queue_driver import QueueDriver, end, tokens
 from wire.client import connect
 from wire.ids import RequestId
 from wire.messages import TerminalState
+from wire.records import Journaled, journal_entry
 from wire.scripts import Progress, Queued
 from wire.streams import entries
 
@@ -68,17 +69,18 @@ class ModelGroup:
 
 
 class Queue(RuleBasedStateMachine):
-    def __init__(self, url: str) -> None:
+    url: str
+
+    def __init__(self) -> None:
         super().__init__()
         self.runner = asyncio.Runner()
-        self.client = self.run(self.connect(url))
+        self.client = self.run(self.connect(self.url))
         self.queue = QueueDriver(self.client)
         self.requests: dict[str, ModelRequest] = {}
         self.lives: dict[Life, ModelGroup] = {}
         self.epochs = {"g": 0, "h": 0}
         self.memories: list[dict[str, Queued]] = [{}, {}]
         self.results: list[tuple[str, str]] = []
-        self.last_commit: tuple[Life, Progress] | None = None
         for group in self.epochs:
             self.start(group)
         for streams in (False, True):
@@ -249,27 +251,26 @@ class Queue(RuleBasedStateMachine):
 
     @precondition(lambda self: any(group.believes for group in self.lives.values()))
     @rule(
-        data=st.data(),
-        num_tokens=st.integers(0, 2),
+        num_tokens=st.integers(1, 2),
         state=st.sampled_from([None, None, "done", "failed", "cancelled", "expired"]),
+        num_lives=st.integers(1, 4),
+        num_writes=st.integers(1, 2),
     )
-    def commit(self, data: st.DataObject, num_tokens: int, state: TerminalState | None) -> None:
-        """A group, perhaps one that is long dead, writes what it has done for a request."""
-        pairs = [(life, name) for life, group in self.lives.items() for name in group.believes]
-        life, request_id = data.draw(st.sampled_from(pairs))
-        fence, offset = self.lives[life].believes[request_id]
-        progress = tokens(request_id, fence, offset, *range(num_tokens))
-        if state is not None:
-            progress = end(request_id, fence, state)
-        self.last_commit = (life, progress)
-        self.write(life, progress)
+    def commit(
+        self, num_tokens: int, state: TerminalState | None, num_lives: int, num_writes: int
+    ) -> None:
+        """Some lives of the groups, perhaps all but one long dead, write for one request each.
 
-    @precondition(lambda self: self.last_commit is not None)
-    @rule()
-    def commit_again(self) -> None:
-        """The reply to the last commit was lost."""
-        assert self.last_commit is not None
-        self.write(*self.last_commit)
+        Twice, where the first reply was lost.
+        """
+        busy = [(life, group) for life, group in self.lives.items() if group.believes]
+        for life, group in busy[-num_lives:]:
+            request_id, (fence, offset) = next(iter(group.believes.items()))
+            progress = tokens(request_id, fence, offset, *range(num_tokens))
+            if state is not None:
+                progress = end(request_id, fence, state)
+            for _ in range(num_writes):
+                self.write(life, progress)
 
     def write(self, life: Life, progress: Progress) -> None:
         stale = self.run(self.queue.commit(progress, group=life[0], epoch=life[1]))
@@ -318,6 +319,10 @@ class Queue(RuleBasedStateMachine):
         assert ends == ([request.state] if request.ended else [])
         if request.ended and not request.streams:
             assert len(found) == 1
+        else:
+            # Raises for a gap or a repetition.
+            journaled = Journaled.of(journal_entry(*entry) for entry in found)
+            assert len(journaled.token_ids) == request.num_journaled
 
     def teardown(self) -> None:
         """When the faults stop, all work ends: bury what there is, and serve the rest."""
@@ -341,8 +346,9 @@ class Queue(RuleBasedStateMachine):
 
 
 def test_the_scripts_are_the_state_machine_of_the_model(redis_url: str) -> None:
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
-        lambda: Queue(redis_url),
+    Queue.url = redis_url
+    run_state_machine_as_test(
+        Queue,
         settings=settings(
             max_examples=100,
             stateful_step_count=30,

@@ -1,0 +1,200 @@
+"""Batches and routes, as pure functions of values."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scheduler.policy.fleet_view import FleetView
+from scheduler.policy.pending import PendingRequests, ReadyRequest
+from scheduler.policy.planning import BatchLimits, PlannedBatch, Planner
+from scheduler.policy.prefix_affinity import PrefixAffinity
+from support.ready_requests import BLOCK_SIZE, fleet, group, ready
+from wire.ids import BlockHash
+
+LIMITS = BatchLimits(max_tokens=1000, max_requests=8, max_wait_s=0.0)
+
+
+def planned(
+    requests: list[ReadyRequest],
+    view: FleetView,
+    *,
+    limits: BatchLimits = LIMITS,
+    planner: Planner | None = None,
+    now_s: float = 100.0,
+) -> tuple[list[PlannedBatch], PendingRequests]:
+    pending = PendingRequests()
+    pending.give_back(requests)
+    planner = planner or Planner(limits, BLOCK_SIZE)
+    return planner.plan(pending, view, now_s), pending
+
+
+def prompts(count: int, *prefix: int) -> list[ReadyRequest]:
+    """Requests that share a prefix and nothing else, or nothing at all."""
+    return [ready([*prefix, 100 + i, *range(7)]) for i in range(count)]
+
+
+# Batches
+
+
+def test_a_batch_ends_at_its_limit_of_requests() -> None:
+    batches, pending = planned(prompts(10), fleet(group(credits=100)))
+    assert [len(batch.requests) for batch in batches] == [8]
+    assert len(pending) == 2
+
+
+def test_a_batch_ends_at_its_limit_of_tokens() -> None:
+    limits = BatchLimits(max_tokens=10, max_requests=8, max_wait_s=0.0)
+    batches, pending = planned(
+        [ready([1] * 4), ready([1] * 6), ready([1])], fleet(group()), limits=limits
+    )
+    assert [batch.num_tokens for batch in batches] == [10]
+    assert len(pending) == 1
+
+
+def test_journaled_tokens_count_as_they_are_prefilled_too() -> None:
+    limits = BatchLimits(max_tokens=10, max_requests=8, max_wait_s=0.0)
+    [batch], _ = planned([ready([1] * 4, num_journaled=6)], fleet(group()), limits=limits)
+    assert batch.num_tokens == 10
+
+
+def test_a_request_above_the_limit_goes_alone() -> None:
+    limits = BatchLimits(max_tokens=10, max_requests=8, max_wait_s=0.0)
+    [batch], pending = planned([ready([1] * 50), ready([1])], fleet(group()), limits=limits)
+    assert batch.num_tokens == 50
+    assert len(pending) == 1
+
+
+def test_neighbours_in_a_batch_share_their_prefix() -> None:
+    one, other = prompts(2, 1, 1, 1, 1), prompts(2, 2, 2, 2, 2)
+    mixed = [one[0], other[0], one[1], other[1]]
+    [batch], _ = planned(mixed, fleet(group()))
+    firsts = [request.prompt_token_ids[0] for request in batch.requests]
+    assert firsts in ([1, 1, 2, 2], [2, 2, 1, 1])
+
+
+def test_few_requests_wait_for_company_but_not_for_long() -> None:
+    limits = BatchLimits(max_tokens=1000, max_requests=8, max_wait_s=0.5)
+    assert planned(prompts(2), fleet(group()), limits=limits, now_s=0.4)[0] == []
+    [batch], _ = planned(prompts(2), fleet(group()), limits=limits, now_s=0.5)
+    assert len(batch.requests) == 2
+
+
+def test_a_full_batch_or_full_groups_do_not_wait() -> None:
+    limits = BatchLimits(max_tokens=1000, max_requests=8, max_wait_s=0.5)
+    [batch], _ = planned(prompts(8), fleet(group()), limits=limits, now_s=0.0)
+    assert len(batch.requests) == 8
+    [batch], _ = planned(prompts(2), fleet(group(credits=2)), limits=limits, now_s=0.0)
+    assert len(batch.requests) == 2
+
+
+# Routes
+
+
+def test_nothing_goes_where_there_is_no_room() -> None:
+    view = fleet(group("full", num_owned=8), group("leaving", draining=True))
+    batches, pending = planned(prompts(3), view)
+    assert batches == []
+    assert len(pending) == 3
+
+
+def test_load_spreads_over_the_groups() -> None:
+    batches, _ = planned(prompts(12), fleet(group("g"), group("h"), group("i")))
+    assert [len(batch.requests) for batch in batches] == [4, 4, 4]
+
+
+def test_a_busy_group_gets_less() -> None:
+    batches, _ = planned(prompts(4), fleet(group("busy", num_owned=4), group("idle")))
+    assert Counter({b.group.group_id: len(b.requests) for b in batches}) == Counter(idle=4)
+
+
+def test_equal_prefixes_go_to_one_group_and_the_rest_spreads() -> None:
+    view = fleet(group("g", credits=50), group("h", credits=50))
+    planner = Planner(BatchLimits(100_000, 50, 0.0), BLOCK_SIZE)
+    long_prefix = list(range(8000))
+    planned(prompts(1, *long_prefix), view, planner=planner)
+    [home] = [g for g in view.groups.values() if g.num_owned]
+    batches, _ = planned(prompts(3, *long_prefix), view, planner=planner)
+    assert [batch.group for batch in batches] == [home]
+    batches, _ = planned(prompts(4), view, planner=planner)
+    assert all(batch.group is not home for batch in batches), "it is the busier one now"
+
+
+def test_a_prefix_does_not_hold_requests_at_a_group_that_is_overloaded() -> None:
+    view = fleet(group("g", credits=100), group("h", credits=100))
+    planner = Planner(BatchLimits(10**6, 100, 0.0), BLOCK_SIZE)
+    batches, _ = planned(prompts(100, *range(64)), view, planner=planner)
+    sizes = [len(batch.requests) for batch in batches]
+    assert len(sizes) == 2
+    assert min(sizes) > 30
+
+
+def test_what_a_dead_group_had_cached_is_forgotten() -> None:
+    view = fleet(group("g", credits=50), group("h", credits=50))
+    planner = Planner(LIMITS, BLOCK_SIZE)
+    prefix = list(range(400))
+    [first], _ = planned(prompts(1, *prefix), view, planner=planner)
+    planner.forget_group(first.group.key)
+    [second], _ = planned(prompts(1, *prefix), view, planner=planner)
+    assert second.group is not first.group
+
+
+def test_only_groups_of_the_model_are_asked() -> None:
+    view = fleet(group("g", model="m"), group("h", model="other"))
+    assert view.models == {"m", "other"}
+    assert [g.group_id for g in view.serving("m").groups.values()] == ["g"]
+    assert view.serving("m").groups["g:1"] is view.groups["g:1"]
+    assert view.serving("neither").room == 0
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=4),
+    st.lists(st.integers(1, 40), max_size=40),
+    st.integers(1, 10),
+    st.integers(1, 60),
+)
+def test_credits_and_limits_hold_and_no_request_is_lost(
+    rooms: list[tuple[int, int]], lengths: list[int], max_requests: int, max_tokens: int
+) -> None:
+    view = fleet(*(group(f"g{i}", credits=c, num_owned=o) for i, (c, o) in enumerate(rooms)))
+    before = {key: g.room for key, g in view.groups.items()}
+    requests = [ready([1] * length) for length in lengths]
+    limits = BatchLimits(max_tokens, max_requests, 0.0)
+    batches, pending = planned(requests, view, limits=limits)
+    for batch in batches:
+        assert 1 <= len(batch.requests) <= min(max_requests, before[batch.group.key])
+        assert batch.num_tokens <= max_tokens or len(batch.requests) == 1
+        assert batch.num_tokens == sum(r.num_prefill_tokens for r in batch.requests)
+        assert batch.group.room == before[batch.group.key] - len(batch.requests)
+    sent = [request.request_id for batch in batches for request in batch.requests]
+    left = [request.request_id for request in pending.take(100)]
+    assert sorted(sent + left) == sorted(request.request_id for request in requests)
+    assert bool(sent) == bool(requests and sum(before.values()))
+
+
+# Prefix affinity
+
+
+def chain(*names: str) -> list[BlockHash]:
+    return [BlockHash(name.encode()) for name in names]
+
+
+def test_affinity_finds_the_longest_common_prefix() -> None:
+    affinity = PrefixAffinity()
+    affinity.note("g", chain("a", "ab", "abc"))
+    assert affinity.num_cached_blocks("g", chain("a", "ab", "abx", "abxy")) == 2
+    assert affinity.num_cached_blocks("g", chain("x")) == 0
+    assert affinity.num_cached_blocks("g", []) == 0
+    assert affinity.num_cached_blocks("h", chain("a")) == 0
+
+
+def test_affinity_is_bounded_and_forgets_the_ends_of_old_chains_first() -> None:
+    affinity = PrefixAffinity(max_blocks_per_group=4)
+    affinity.note("g", chain("a", "ab", "abc"))
+    affinity.note("g", chain("x", "xy"))
+    assert affinity.num_cached_blocks("g", chain("a", "ab", "abc")) == 2
+    assert affinity.num_cached_blocks("g", chain("x", "xy")) == 2
+    affinity.note("g", chain(*(str(i) for i in range(10))))
+    assert affinity.num_cached_blocks("g", chain(*(str(i) for i in range(10)))) == 4
