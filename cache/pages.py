@@ -1,10 +1,11 @@
 """The KV-cache's memory on one rank: pages of keys and values, addressed by block id.
 
-One allocation, indexed (layer, key or value, head, block, slot in block, head_dim). Heads stand
-outside blocks, so that
+One allocation, indexed (block, layer, key or value, head, slot in block, head_dim). Blocks stand
+outermost, so that
 
-- gathering a sequence's blocks of one head yields one contiguous (tokens, head_dim) matrix, which
-  matrix multiplications take as it is;
+- a block's keys and values of all layers are one piece of memory, to be moved or sent as it is;
+- memory is committed as blocks are used: with layers or heads outside, the first token of all
+  would touch a page (of 2 MiB, where the system has huge ones) in each of their regions;
 - a rank with other heads holds the same blocks, just other rows of the head dimension;
 - a narrower element type with one scale per (token, head) needs a plane with the same leading
   dimensions and nothing else: only `LayerPages.store` and `LayerPages.read` know the element type.
@@ -38,24 +39,26 @@ class PageShape:
 
 @dataclass(frozen=True, slots=True)
 class LayerPages:
-    """One layer's pages: keys and values (kv_heads, num_blocks, block_size, head_dim) each.
+    """One layer's pages, out of all layers' memory.
 
-    Heads and blocks (or slots) are addressed as one flattened dimension, by rows that
-    `KVPages.block_rows` and `KVPages.slot_rows` compute once for all layers of a step: copying
-    whole rows is what torch does in parallel and at the memory's speed.
+    Blocks and heads (or slots and heads) are addressed as rows, which `KVPages.block_rows` and
+    `KVPages.slot_rows` compute once for all layers of a step: copying whole rows is what torch
+    does in parallel and at the memory's speed. `keys` and `values` (elements,) are the memory from
+    where this layer's rows count 0; they overlap with other layers'.
     """
 
     keys: Tensor
     values: Tensor
+    shape: PageShape
 
     def store(self, slot_rows: Tensor, keys: Tensor, values: Tensor) -> None:
         """Write new tokens' keys and values (num_tokens, kv_heads, head_dim) to their slots.
 
         `slot_rows`: what `KVPages.slot_rows` made of the tokens' slots.
         """
-        for pages, new in ((self.keys, keys), (self.values, values)):
+        for memory, new in ((self.keys, keys), (self.values, values)):
             by_head = new.transpose(0, 1).reshape(len(slot_rows), -1)
-            pages.view(-1, by_head.shape[1]).index_copy_(0, slot_rows, by_head)
+            memory.view(-1, self.shape.head_dim).index_copy_(0, slot_rows, by_head)
 
     def read(self, block_rows: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of blocks' keys and values, (kv_heads, num_blocks_read * block_size, head_dim).
@@ -66,11 +69,11 @@ class LayerPages:
         """
         return self._read(self.keys, block_rows), self._read(self.values, block_rows)
 
-    @staticmethod
-    def _read(pages: Tensor, block_rows: Tensor) -> Tensor:
-        num_heads, num_blocks, block_size, head_dim = pages.shape
-        by_row = pages.view(num_heads * num_blocks, block_size * head_dim)
-        return by_row.index_select(0, block_rows).view(num_heads, -1, head_dim)
+    def _read(self, memory: Tensor, block_rows: Tensor) -> Tensor:
+        shape = self.shape
+        by_row = memory.view(-1, shape.block_size * shape.head_dim)
+        rows = by_row.index_select(0, block_rows)
+        return rows.view(shape.num_kv_heads, -1, shape.head_dim)
 
 
 class KVPages:
@@ -82,18 +85,24 @@ class KVPages:
         self.num_blocks = num_blocks
         self.data = _zeros(
             (
+                num_blocks,
                 shape.num_layers,
                 2,
                 shape.num_kv_heads,
-                num_blocks,
                 shape.block_size,
                 shape.head_dim,
             ),
             shape.dtype,
             device,
         )
-        self._layers = [LayerPages(layer[0], layer[1]) for layer in self.data]
+        memory = self.data.view(-1)
+        plane = shape.num_kv_heads * shape.block_size * shape.head_dim
+        self._layers = [
+            LayerPages(memory[2 * layer * plane :], memory[(2 * layer + 1) * plane :], shape)
+            for layer in range(shape.num_layers)
+        ]
         self._heads = torch.arange(shape.num_kv_heads, device=device)[:, None]
+        self._rows_per_block = shape.num_layers * 2 * shape.num_kv_heads
 
     def layer(self, index: int) -> LayerPages:
         """The pages of layer `index`."""
@@ -101,12 +110,13 @@ class KVPages:
 
     def block_rows(self, block_ids: Tensor) -> Tensor:
         """Where blocks lie: (n,) block ids -> (kv_heads * n,) int64 rows, head by head."""
-        return (self._heads * self.num_blocks + block_ids.to(self._heads)).flatten()
+        return (block_ids.to(self._heads) * self._rows_per_block + self._heads).flatten()
 
     def slot_rows(self, slot_mapping: Tensor) -> Tensor:
         """Where slots lie: (n,) block_id * block_size + offset -> (kv_heads * n,) int64 rows."""
-        num_slots = self.num_blocks * self.shape.block_size
-        return (self._heads * num_slots + slot_mapping.to(self._heads)).flatten()
+        slots, block_size = slot_mapping.to(self._heads), self.shape.block_size
+        blocks = self.block_rows(slots // block_size).view(len(self._heads), -1)
+        return (blocks * block_size + slots % block_size).flatten()
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

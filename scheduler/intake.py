@@ -35,6 +35,7 @@ from wire.streams import entries as stream_entries
 log = structlog.get_logger(__name__)
 
 BLOCK_MS = 1000
+SHORT_BLOCK_MS = 20
 MAX_READ = 256
 
 
@@ -90,7 +91,8 @@ class Intake:
             {self._keys.intakes[priority]: ">" for priority, n in room.items() if n > 0},
             count=min(MAX_READ, *(n for n in room.values() if n > 0)),
             ttl_ms=LIVE_TTL_MS,
-            block_ms=BLOCK_MS,
+            # One that has no room now may have some soon.
+            block_ms=BLOCK_MS if all(n > 0 for n in room.values()) else SHORT_BLOCK_MS,
         )
         entries = [(self._priority_of[key], entry) for key in arrived for entry in arrived[key]]
         return await self._arrivals(entries)

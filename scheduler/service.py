@@ -398,7 +398,9 @@ class SchedulerService:
             self._to_prepare.set()
         if self._num_pending:
             self._to_dispatch.set()
-        await sleep_unless(self._stop, BUSY_POLL_S if self._num_pending or self._arrived else IDLE_POLL_S)
+        await sleep_unless(
+            self._stop, BUSY_POLL_S if self._num_pending or self._arrived else IDLE_POLL_S
+        )
 
 
 def _tokenize_and_hash(

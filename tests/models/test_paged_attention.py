@@ -59,7 +59,7 @@ def assert_same(
     narrow = KVPages(
         PageShape(1, num_kv_heads, HEAD_DIM, block_size, torch.float32), pages.num_blocks, CPU
     )
-    narrow.data.copy_(pages.data[:, :, :num_kv_heads])
+    narrow.data.copy_(pages.data[:, :, :, :num_kv_heads])
     heads = HeadMap.build(kv_head_of_query, CPU)
     query = torch.randn(num_tokens, len(kv_head_of_query), HEAD_DIM)
     expected = ReferenceAttention(plan, narrow)(query, narrow.layer(0), heads, 0.3)
@@ -99,7 +99,7 @@ def test_a_sequence_does_not_see_slots_beyond_its_context() -> None:
     before = CpuAttention(plan, pages)(query, pages.layer(0), heads, 1.0)
     for row, context_len in enumerate(plan.context_lens.tolist()):
         last_block = int(plan.block_tables[row, (context_len - 1) // 16])
-        pages.data[:, :, :, last_block, context_len % 16 :] = 1e4
+        pages.data[last_block, :, :, :, context_len % 16 :] = 1e4
     after = CpuAttention(plan, pages)(query, pages.layer(0), heads, 1.0)
     torch.testing.assert_close(after, before, rtol=0, atol=0)
 

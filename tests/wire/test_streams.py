@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import cast
 
 import pytest
 from redis.asyncio import Redis
@@ -42,7 +43,7 @@ async def blocking(redis_url: str) -> AsyncIterator[Redis]:
 async def filled(client: Redis, count: int = 3) -> list[bytes]:
     """A stream `s` with a consumer group `g`."""
     await ensure_group(client, "s", "g", ttl_ms=TTL_MS)
-    return [await client.xadd("s", {"n": str(n)}) for n in range(count)]
+    return [cast("bytes", await client.xadd("s", {"n": str(n)})) for n in range(count)]
 
 
 def test_ids_compare_as_numbers() -> None:

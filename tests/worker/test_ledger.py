@@ -1,0 +1,187 @@
+"""What a group owes to Redis: repeatable until it is written, and never for a lost request."""
+
+from __future__ import annotations
+
+from gpu_worker.engine.stub import stub_model_card
+from gpu_worker.ledger import Ledger
+from gpu_worker.output import TextDecoder
+from gpu_worker.rank_protocol import SequenceOutput
+from wire.codec import decode
+from wire.ids import RequestId, token_ids
+from wire.messages import Assignment, Chunk, ErrorInfo, FinishReason, Result
+from wire.sampling import SamplingParams
+from wire.scripts import Progress
+
+BLOCK_SIZE = 4
+DECODER = TextDecoder(stub_model_card().tokenizer_json)
+A, B = RequestId("a"), RequestId("b")
+
+
+def ledger() -> Ledger:
+    return Ledger(DECODER, model="m", block_size=BLOCK_SIZE)
+
+
+def assignment(
+    request_id: RequestId = A,
+    fence: int = 1,
+    *,
+    stream: bool = True,
+    deadline_ms: int | None = None,
+    stop: tuple[str, ...] = (),
+) -> Assignment:
+    sampling = SamplingParams(stop=stop)
+    return Assignment(request_id, fence, token_ids([1]), sampling, stream, deadline_ms=deadline_ms)
+
+
+def step(
+    request_id: RequestId = A,
+    *tokens: int,
+    fence: int = 1,
+    end: FinishReason | None = None,
+    error: ErrorInfo | None = None,
+) -> SequenceOutput:
+    return SequenceOutput(request_id, fence, token_ids(tokens), finish_reason=end, error=error)
+
+
+def chunk_of(progress: Progress) -> list[int]:
+    return list(decode(Chunk, progress.chunk).token_ids)
+
+
+def result_of(progress: Progress) -> Result:
+    return decode(Result, progress.result)
+
+
+def test_a_streams_tokens_are_due_at_once_and_others_by_the_block() -> None:
+    book = ledger()
+    book.open(assignment(A))
+    book.open(assignment(B, stream=False))
+    book.add([step(A, 5), step(B, 5, 6, 7)])
+    [due] = book.uncommitted()
+    assert (due.request_id, chunk_of(due), due.offset, due.num_tokens) == (A, [5], 0, 1)
+    book.committed([due], [])
+    book.add([step(B, 8)])
+    [due] = book.uncommitted()
+    assert (due.request_id, chunk_of(due)) == (B, [5, 6, 7, 8])
+
+
+def test_what_is_due_stays_the_same_until_it_is_written() -> None:
+    book = ledger()
+    book.open(assignment())
+    book.add([step(A, 5)])
+    first = list(book.uncommitted())
+    book.add([step(A, 6)])
+    assert list(book.uncommitted()) == first, "it may have been written: the reply was lost"
+    assert book.committed(first, []) == []
+    [second] = book.uncommitted()
+    assert (chunk_of(second), second.offset) == ([6], 1)
+    book.committed([second], [])
+    assert list(book.uncommitted()) == []
+
+
+def test_it_can_be_written_in_pieces() -> None:
+    book = ledger()
+    for request_id in (A, B):
+        book.open(assignment(request_id))
+        book.add([step(request_id, 5)])
+    book.committed(book.uncommitted()[:1], [])
+    assert [item.request_id for item in book.uncommitted()] == [B]
+
+
+def test_an_end_is_due_with_its_last_tokens_and_then_forgotten() -> None:
+    book = ledger()
+    book.open(assignment())
+    book.add([step(A, 5, end="length")])
+    [due] = book.uncommitted()
+    assert (due.state, chunk_of(due), list(result_of(due).token_ids)) == ("done", [5], [5])
+    assert len(book) == 1
+    assert book.committed([due], []) == []
+    assert len(book) == 0
+
+
+def test_without_a_stream_the_end_is_the_result_alone() -> None:
+    book = ledger()
+    book.open(assignment(stream=False))
+    book.add([step(A, 5, 6, 7, 8, 9, end="stop")])
+    [due] = book.uncommitted()
+    assert (due.state, due.chunk) == ("done", b"")
+    assert list(result_of(due).token_ids) == [5, 6, 7, 8, 9]
+
+
+def test_an_engines_error_fails_the_request() -> None:
+    book = ledger()
+    book.open(assignment())
+    error = ErrorInfo("invalid_request", "no", "prompt")
+    book.add([step(A, error=error)])
+    [due] = book.uncommitted()
+    assert (due.state, result_of(due).error) == ("failed", error)
+
+
+def test_a_stop_string_ends_it_and_what_the_engine_says_later_is_ignored() -> None:
+    book = ledger()
+    text = DECODER.token_text
+    book.open(assignment(stop=(text(7),)))
+    assert book.add([step(A, 5), step(A, 7), step(A, 9)]) == [A]
+    [due] = book.uncommitted()
+    assert result_of(due).text == text(5)
+    assert list(result_of(due).token_ids) == [5, 7]
+
+
+def test_stale_requests_are_forgotten_and_must_be_stopped() -> None:
+    book = ledger()
+    for request_id in (A, B):
+        book.open(assignment(request_id))
+        book.add([step(request_id, 5)])
+    assert book.committed(list(book.uncommitted()), [A]) == [A]
+    assert len(book) == 1
+
+
+def test_a_request_that_came_back_meanwhile_is_not_confused_with_its_past() -> None:
+    book = ledger()
+    book.open(assignment(fence=1))
+    book.add([step(A, 5, fence=1, end="length")])
+    past = list(book.uncommitted())
+    book.open(assignment(fence=3))
+    assert book.committed(past, [A]) == []
+    assert len(book) == 1
+    assert book.add([step(A, 6, fence=1)]) == []
+    assert list(book.uncommitted()) == []
+    book.add([step(A, 7, fence=3)])
+    [due] = book.uncommitted()
+    assert (due.fence, chunk_of(due)) == (3, [7])
+
+
+def test_what_is_new_after_a_clearing_is_not_taken_for_what_was_sent_before() -> None:
+    book = ledger()
+    book.open(assignment())
+    book.add([step(A, 5)])
+    sent = list(book.uncommitted())
+    assert book.clear() == [A]
+    error = ErrorInfo("wire_error", "no")
+    book.refuse(B, 4, error)
+    assert book.committed(sent, []) == []
+    [due] = book.uncommitted()
+    assert (due.request_id, due.fence, due.state) == (B, 4, "failed")
+    assert result_of(due).error == error
+
+
+def test_an_end_from_outside_keeps_what_was_generated() -> None:
+    book = ledger()
+    book.open(assignment())
+    book.add([step(A, 5)])
+    assert book.end(A, "cancelled")
+    assert not book.end(A, "expired"), "the first end counts"
+    assert not book.end(B, "cancelled")
+    book.add([step(A, 6, end="length")])
+    [due] = book.uncommitted()
+    assert (due.state, list(result_of(due).token_ids)) == ("cancelled", [5])
+    assert result_of(due).finish_reason is None
+
+
+def test_deadlines_are_those_of_running_requests() -> None:
+    book = ledger()
+    book.open(assignment(A, deadline_ms=1000))
+    book.open(assignment(B))
+    assert book.past_deadline(999) == []
+    assert book.past_deadline(1000) == [A]
+    book.end(A, "expired")
+    assert book.past_deadline(2000) == []
