@@ -61,7 +61,8 @@ class Heartbeat:
         await asyncio.to_thread(self._thread.join)
 
     async def _beat(self) -> None:
-        client = connect(self._url)
+        # A connection that is half open must be given up while there is time for another try.
+        client = connect(self._url, timeout_s=self._timeout_ms / 1000 / 3)
         scripts = Scripts(client, self._keys)
         first = True
         try:

@@ -50,6 +50,7 @@ class RankGroup:
         self._processes = processes
         self._connection = connection
         self._first_exit: str | None = None
+        self._ready = False
         self._watchers = [
             asyncio.create_task(self._watch(rank), name=f"watch_rank_{rank}")
             for rank in range(1, len(processes))
@@ -70,6 +71,7 @@ class RankGroup:
             ) from error
         if not isinstance(first, RankReady):
             raise RankLost(f"rank 0 began with {type(first).__name__} instead of RankReady")
+        self._ready = True
         return first
 
     async def receive(self) -> FromRank:
@@ -99,13 +101,15 @@ class RankGroup:
             async with asyncio.timeout(SEND_TIMEOUT_S):  # a rank that hangs reads nothing
                 await self._connection.send(Stop())
         exits = asyncio.gather(*(process.wait() for process in self._processes))
-        # One rank that is gone leaves the others waiting for it in a collective.
-        patience_s = STOP_TIMEOUT_S if self._all_running else 0.5
+        # A rank that still loads reads no frame; one that is gone leaves the others waiting for
+        # it in a collective.
+        patience_s = STOP_TIMEOUT_S if self._ready and self._all_running else LAST_WORDS_S
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.shield(exits), patience_s)
         for rank, process in enumerate(self._processes):
             if process.returncode is None:
-                log.warning("rank killed", rank=rank, pid=process.pid)
+                if self._ready:
+                    log.warning("rank killed", rank=rank, pid=process.pid)
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()
         await exits
@@ -147,15 +151,16 @@ async def open_ranks(options: RankOptions, size: int) -> AsyncIterator[RankGroup
         with theirs:
             for rank in range(size):
                 inherited = theirs.fileno() if rank == 0 else None
+                command = rank_command(
+                    options,
+                    rank=rank,
+                    size=size,
+                    rendezvous=str(folder / "rendezvous"),
+                    socket_fd=inherited,
+                )
                 processes.append(
                     await asyncio.create_subprocess_exec(
-                        *rank_command(
-                            options,
-                            rank=rank,
-                            size=size,
-                            rendezvous=str(folder / "rendezvous"),
-                            socket_fd=inherited,
-                        ),
+                        *command,
                         stdin=asyncio.subprocess.DEVNULL,
                         env=_rank_environment(),
                         pass_fds=() if inherited is None else (inherited,),
@@ -167,6 +172,10 @@ async def open_ranks(options: RankOptions, size: int) -> AsyncIterator[RankGroup
         finally:
             await group.close()
     finally:
+        for process in processes:  # none, but where not even all could be started
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
         ours.close()
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import structlog
 
 from gpu_worker.engine.stub import stub_model_card
-from gpu_worker.models.card import load_model_card
+from gpu_worker.models.card import default_model_name, load_model_card
 from gpu_worker.orchestrator import Orchestrator
 from gpu_worker.rank_group import open_ranks
 from gpu_worker.rank_protocol import STUB_MODEL_PATH, RankOptions
@@ -46,9 +46,9 @@ async def open_orchestrator(
     client, blocking_client = connect(url), connect(url, blocking=True)
     try:
         await ping(client, url)
-        card = await asyncio.to_thread(_load_card, settings)
-        options = _rank_options(settings, card)
-        async with open_ranks(options, settings.tensor_parallel_size) as ranks:
+        async with open_ranks(_rank_options(settings), settings.tensor_parallel_size) as ranks:
+            # While the ranks load; of what is wrong with the model this hears first.
+            card = await asyncio.to_thread(_load_card, settings)
             ready = await unless_stopped(ranks.wait_ready(settings.load_timeout_s), stop)
             if ready is None:
                 yield None
@@ -70,26 +70,33 @@ async def open_orchestrator(
         await blocking_client.aclose()
 
 
+def _model_name(settings: WorkerSettings) -> str:
+    if settings.served_model_name is not None:
+        return settings.served_model_name
+    return "stub" if settings.model_path is None else default_model_name(settings.model_path)
+
+
 def _load_card(settings: WorkerSettings) -> ModelCard:
+    name = _model_name(settings)
     if settings.model_path is None:
         return stub_model_card(
-            name=settings.served_model_name or "stub",
+            name=name,
             block_size=settings.block_size,
             max_model_len=settings.max_model_len,
         )
     return load_model_card(
         settings.model_path,
-        name=settings.served_model_name,
+        name=name,
         block_size=settings.block_size,
         max_model_len=settings.max_model_len,
     )
 
 
-def _rank_options(settings: WorkerSettings, card: ModelCard) -> RankOptions:
+def _rank_options(settings: WorkerSettings) -> RankOptions:
     path = settings.model_path
     return RankOptions(
         model_path=STUB_MODEL_PATH if path is None else str(path),
-        model_name=card.name,
+        model_name=_model_name(settings),
         dtype=settings.dtype,
         block_size=settings.block_size,
         kv_cache_bytes=settings.kv_cache_bytes,

@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 
 from producer.patience import Patience
 from producer.stream_reader import StreamReader
-from wire.errors import ForebayError, ResultGone
+from wire.errors import ForebayError, ProducerClosed, ResultGone, ServerUnreachable
 from wire.ids import RequestId
 from wire.keys import Keys
 from wire.messages import Result
@@ -61,12 +61,18 @@ class Completions:
 
     async def run(self) -> None:
         """Resolve futures as requests end, until cancelled."""
+        try:
+            await self._resolve_on()
+        finally:
+            self._fail(ProducerClosed("the producer was closed before the request ended"))
+
+    async def _resolve_on(self) -> None:
         assert self._results_key is not None
         upcoming = self._reader.next_entries(self._results_key, START)
         while True:
             try:
                 entries = await upcoming
-            except ForebayError as error:
+            except ServerUnreachable as error:
                 self._fail(error)
                 upcoming = self._reader.next_entries(self._results_key, START)
                 continue

@@ -13,8 +13,12 @@ from collections.abc import AsyncIterable, AsyncIterator, Iterable
 from typing import TYPE_CHECKING
 
 from producer.handle import Enqueued
+from producer.requests import make_submission
+from wire.errors import InvalidRequest
 from wire.ids import RequestId
 from wire.messages import Request, Result
+from wire.records import error_info
+from wire.scripts import Submission
 
 if TYPE_CHECKING:
     from producer.producer import Producer
@@ -60,7 +64,7 @@ class _Flight:
     def __init__(self, producer: Producer, max_in_flight: int) -> None:
         self._producer = producer
         self._slots = asyncio.Semaphore(max_in_flight)
-        self._to_send: asyncio.Queue[Request | None] = asyncio.Queue(MAX_BATCH)
+        self._to_send: asyncio.Queue[Submission | None] = asyncio.Queue(MAX_BATCH)
         # Bounded by the slots: a slot is free again when its result was taken out of here.
         self._results: asyncio.Queue[Result | None] = asyncio.Queue()
         self.in_flight: set[RequestId] = set()
@@ -90,33 +94,40 @@ class _Flight:
     async def _feed(self, requests: Iterable[Request] | AsyncIterable[Request]) -> None:
         async for request in _as_async(requests):
             await self._slots.acquire()
-            await self._to_send.put(request)
+            try:
+                submission = make_submission(request)
+            except InvalidRequest as error:
+                self._results.put_nowait(
+                    Result(request.request_id, "failed", error=error_info(error))
+                )
+            else:
+                await self._to_send.put(submission)
         await self._to_send.put(None)
 
-    async def _next_batch(self) -> list[Request]:
+    async def _next_batch(self) -> list[Submission]:
         """All that is there, at least one; empty when there will be no more."""
-        batch: list[Request] = []
+        batch: list[Submission] = []
         while not batch or not self._to_send.empty():
-            request = await self._to_send.get()
-            if request is None:
+            submission = await self._to_send.get()
+            if submission is None:
                 if batch:
                     self._to_send.put_nowait(None)  # for the next call
                 break
-            batch.append(request)
+            batch.append(submission)
             if len(batch) >= MAX_BATCH:
                 break
         return batch
 
-    async def _send(self, batch: list[Request]) -> list[Enqueued]:
+    async def _send(self, batch: list[Submission]) -> list[Enqueued]:
         delay_s = _FIRST_DELAY_S
-        self.in_flight.update(request.request_id for request in batch)
+        self.in_flight.update(submission.request_id for submission in batch)
         accepted: list[Enqueued] = []
         while True:
             outcomes = await self._producer.enqueue(batch)
             accepted += [item for item in outcomes if item.outcome != "full"]
             batch = [
-                request
-                for request, item in zip(batch, outcomes, strict=True)
+                submission
+                for submission, item in zip(batch, outcomes, strict=True)
                 if item.outcome == "full"
             ]
             if not batch:

@@ -4,36 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import (
-    AsyncIterable,
-    AsyncIterator,
-    Iterable,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Self, TypeAlias
+from typing import Self
 
 from producer.completions import Completions
 from producer.handle import Enqueued, RequestHandle
 from producer.many import submit_many
 from producer.patience import Patience
+from producer.requests import Message, make_prompt, make_submission, new_request_id
 from producer.stream_reader import StreamReader
 from wire.client import connect, ping, redis_errors
-from wire.codec import MAX_MESSAGE_BYTES, encode
-from wire.errors import IntakeFull, InvalidRequest
-from wire.ids import RequestId, token_ids
+from wire.codec import encode
+from wire.errors import IntakeFull
+from wire.ids import RequestId
 from wire.keys import Keys, check_name, check_request_id
-from wire.messages import (
-    DEFAULT_TENANT,
-    PRIORITIES,
-    ChatMessage,
-    Priority,
-    Prompt,
-    Request,
-    Result,
-)
+from wire.messages import DEFAULT_TENANT, Priority, Request, Result
 from wire.records import ending
 from wire.sampling import SamplingParams
 from wire.scripts import Scripts, Submission, SubmitOutcome
@@ -45,10 +32,7 @@ DEFAULT_RESULT_TTL_S = 3600.0
 DEFAULT_MAX_QUEUED = 100_000
 DEFAULT_PATIENCE_S = 30.0
 
-MAX_REQUEST_BYTES = MAX_MESSAGE_BYTES // 4
 RETRY_AFTER_S = 1.0
-
-Message: TypeAlias = ChatMessage | Mapping[str, str]
 
 
 class Producer:
@@ -147,18 +131,20 @@ class Producer:
         `stream` has tokens written as they come. `wait` waits while the intake is full.
         Raises InvalidRequest, IntakeFull, ServerUnreachable.
         """
-        request = Request(
-            request_id=check_request_id(request_id) if request_id else new_request_id(),
-            prompt=make_prompt(prompt, messages),
-            sampling=sampling or SamplingParams(),
-            model=model,
-            priority=priority,
-            tenant=tenant,
-            stream=stream,
-            timeout_s=timeout_s,
+        submission = make_submission(
+            Request(
+                request_id=check_request_id(request_id) if request_id else new_request_id(),
+                prompt=make_prompt(prompt, messages),
+                sampling=sampling or SamplingParams(),
+                model=model,
+                priority=priority,
+                tenant=tenant,
+                stream=stream,
+                timeout_s=timeout_s,
+            )
         )
         while True:
-            [accepted] = await self.enqueue([request])
+            [accepted] = await self.enqueue([submission])
             if accepted.outcome != "full":
                 return RequestHandle(self, accepted)
             if not wait:
@@ -179,17 +165,16 @@ class Producer:
         """Submit many requests and yield their results in the order in which they end.
 
         At most `max_in_flight` are submitted and not yet yielded, so that `requests` may be
-        endless. Each result comes once, whatever its state; nothing is raised for a single
-        request's failure. `forget` deletes each from the server once it was yielded, instead of
-        keeping it for its time to live. Leaving the iteration early cancels what is in flight.
+        endless. Each result comes once, whatever its state: nothing is raised for one request
+        that fails or is invalid. `forget` deletes each from the server once it was yielded, instead
+        of keeping it for its time to live. Leaving the iteration early cancels what is in flight.
         """
         return submit_many(self, requests, max_in_flight=max_in_flight, forget=forget)
 
-    async def enqueue(self, requests: Sequence[Request]) -> list[Enqueued]:
+    async def enqueue(self, submissions: Sequence[Submission]) -> list[Enqueued]:
         """Submit in one round trip: for each, whether it is new, known already, or refused."""
-        submissions = [_submission(request) for request in requests]
         # Registered first: a result may be there before the submission's reply is.
-        futures = [self._completions.expect(request.request_id) for request in requests]
+        futures = [self._completions.expect(item.request_id) for item in submissions]
 
         async def call() -> list[SubmitOutcome]:
             return await self._scripts.submit(
@@ -203,13 +188,13 @@ class Producer:
         outcomes = await self._patience.persist(call)
         return [
             Enqueued(
-                request.request_id,
+                item.request_id,
                 outcome,
                 # Known: its end is told elsewhere, or was told long ago; the journal knows. (It
                 # looks like that, too, when only the reply to a first try was lost.)
                 future if outcome == "new" and self._completions.has_own_stream else None,
             )
-            for request, outcome, future in zip(requests, outcomes, futures, strict=True)
+            for item, outcome, future in zip(submissions, outcomes, futures, strict=True)
         ]
 
     async def wait_for(self, enqueued: Enqueued) -> Result:
@@ -234,75 +219,3 @@ class Producer:
         names = [self._keys.request(rid) for rid in request_ids]
         names += [self._keys.journal(rid) for rid in request_ids]
         await self._patience.persist(lambda: self._client.unlink(*names))
-
-
-def new_request_id() -> RequestId:
-    """A random id."""
-    return RequestId(os.urandom(12).hex())
-
-
-def make_prompt(prompt: str | Sequence[int] | None, messages: Sequence[Message] | None) -> Prompt:
-    """A prompt from what callers give. Raises InvalidRequest, naming the field."""
-    if (prompt is None) == (messages is None):
-        raise InvalidRequest("give either a prompt or messages", field="prompt")
-    if messages is not None:
-        if not messages:
-            raise InvalidRequest("messages is empty; give at least one", field="messages")
-        return Prompt(messages=tuple(_chat_message(i, m) for i, m in enumerate(messages)))
-    if isinstance(prompt, str):
-        if not prompt:
-            raise InvalidRequest("prompt is empty; give at least one character", field="prompt")
-        return Prompt(text=prompt)
-    assert prompt is not None
-    if not prompt:
-        raise InvalidRequest("prompt is empty; give at least one token id", field="prompt")
-    try:
-        return Prompt(token_ids=token_ids(prompt))
-    except (OverflowError, TypeError) as error:
-        raise InvalidRequest(f"prompt is no list of token ids: {error}", field="prompt") from error
-
-
-def _chat_message(index: int, message: Message) -> ChatMessage:
-    if isinstance(message, ChatMessage):
-        return message
-    fields = dict(message)
-    if fields.keys() != {"role", "content"} or not all(
-        isinstance(value, str) for value in fields.values()
-    ):
-        raise InvalidRequest(
-            f"messages[{index}] must have a role and a content, both strings, and nothing else",
-            field=f"messages[{index}]",
-        )
-    return ChatMessage(fields["role"], fields["content"])
-
-
-def _submission(request: Request) -> Submission:
-    timeout_s = request.timeout_s
-    if timeout_s is not None and not 0 < timeout_s < 10**9:
-        raise InvalidRequest(
-            f"timeout_s is {timeout_s}; it must be above 0 and below 1e9", field="timeout_s"
-        )
-    if request.priority not in PRIORITIES:
-        raise InvalidRequest(
-            f"priority is {request.priority!r}; it must be one of {', '.join(PRIORITIES)}",
-            field="priority",
-        )
-    try:
-        message = encode(request)
-    except UnicodeEncodeError as error:
-        raise InvalidRequest(
-            "the request holds half of a surrogate pair, which is no character: "
-            f"{error.object[error.start : error.end]!a} at {error.start} of {len(error.object)}",
-        ) from error
-    if len(message) > MAX_REQUEST_BYTES:
-        raise InvalidRequest(
-            f"the request has {len(message)} bytes; at most {MAX_REQUEST_BYTES} are taken",
-            field="prompt",
-        )
-    return Submission(
-        request_id=check_request_id(request.request_id),
-        priority=request.priority,
-        stream=request.stream,
-        timeout_ms=None if timeout_s is None else max(1, int(timeout_s * 1000)),
-        message=message,
-    )

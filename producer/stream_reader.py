@@ -17,7 +17,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from wire.client import MAX_BLOCK_MS, is_transient
-from wire.errors import ServerUnreachable
+from wire.errors import ForebayError, ProducerClosed, ServerUnreachable
 from wire.keys import BELL_TTL_MS
 from wire.redaction import mask_passwords
 from wire.streams import START, Entry, id_order, read
@@ -45,11 +45,15 @@ class StreamReader:
         self._waiting: dict[str, list[tuple[bytes, asyncio.Future[list[Entry]]]]] = {}
         self._reading: dict[str, bytes] | None = None
         self._wanted = asyncio.Event()
+        self._closed = False
         self._ringing: set[asyncio.Task[None]] = set()
 
     def next_entries(self, key: str, after: bytes) -> asyncio.Future[list[Entry]]:
         """Resolves to the entries of `key` behind the id `after`, at least one, in order."""
         future: asyncio.Future[list[Entry]] = asyncio.get_running_loop().create_future()
+        if self._closed:
+            future.set_exception(ProducerClosed("the producer is closed"))
+            return future
         self._waiting.setdefault(key, []).append((after, future))
         self._wanted.set()
         if self._reading is not None:
@@ -59,10 +63,12 @@ class StreamReader:
         return future
 
     async def run(self) -> None:
-        """Read until cancelled."""
+        """Read until cancelled; whoever waits then, or asks later, gets ProducerClosed."""
         try:
             await self._read_on()
         finally:
+            self._closed = True
+            self._fail(ProducerClosed("the producer was closed before this was there to be read"))
             for ringing in self._ringing:
                 ringing.cancel()
             await asyncio.gather(*self._ringing, return_exceptions=True)
@@ -77,7 +83,12 @@ class StreamReader:
             except RedisError as error:
                 away_since = away_since or time.monotonic()
                 if not is_transient(error) or time.monotonic() - away_since > self._patience_s:
-                    self._fail(error)
+                    self._fail(
+                        ServerUnreachable(
+                            f"Redis server {mask_passwords(self._url)} is away ({error}); what was "
+                            "submitted goes on: ask again when it is back"
+                        )
+                    )
                     away_since = None
                 await asyncio.sleep(_RETRY_DELAY_S)
 
@@ -129,16 +140,12 @@ class StreamReader:
             else:
                 del self._waiting[key]
 
-    def _fail(self, error: RedisError) -> None:
+    def _fail(self, error: ForebayError) -> None:
         for waiters in self._waiting.values():
             for _, future in waiters:
                 if not future.done():
-                    future.set_exception(
-                        ServerUnreachable(
-                            f"Redis server {mask_passwords(self._url)} is away ({error}); what was "
-                            "submitted goes on: ask again when it is back"
-                        )
-                    )
+                    future.set_exception(error)
+                    future.exception()  # whoever waits still gets it; nobody waiting is no warning
         self._waiting.clear()
 
     def _ring(self) -> None:

@@ -12,7 +12,8 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from producer.handle import RequestHandle
-from producer.producer import DEFAULT_URL, Message, Producer
+from producer.producer import DEFAULT_URL, Producer
+from producer.requests import Message
 from wire.ids import RequestId
 from wire.messages import DEFAULT_TENANT, Chunk, Priority, Request, Result
 from wire.sampling import SamplingParams

@@ -114,7 +114,7 @@ class SchedulerSettings(CommonSettings):
     max_batch_tokens: PositiveInt = Field(
         default=8192, description="Prompt tokens in one batch, at most."
     )
-    max_batch_requests: PositiveInt = Field(
+    max_batch_requests: Annotated[int, Field(ge=1, le=1000)] = Field(
         default=64, description="Requests in one batch, at most."
     )
     max_batch_wait_ms: Annotated[int, Field(ge=0)] = Field(

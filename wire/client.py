@@ -37,10 +37,11 @@ MAX_BLOCK_MS = 5000
 _SCHEMES = ("redis", "rediss", "unix")
 
 
-def connect(url: str, *, blocking: bool = False) -> Redis:
+def connect(url: str, *, blocking: bool = False, timeout_s: float = COMMAND_TIMEOUT_S) -> Redis:
     """A client for `url` (redis://, rediss:// or unix://); nothing is sent yet.
 
-    `blocking` makes one for reads that block up to MAX_BLOCK_MS. Close it with `aclose()`.
+    `timeout_s` bounds connecting and each command; `blocking` makes a client for reads that block
+    up to MAX_BLOCK_MS on top of that. Close it with `aclose()`.
     Raises ConfigError for a URL that cannot be used.
     """
     scheme = url.partition("://")[0]
@@ -56,8 +57,8 @@ def connect(url: str, *, blocking: bool = False) -> Redis:
         pool = ConnectionPool(
             **options,
             retry=Retry(NoBackoff(), 0),
-            socket_timeout=COMMAND_TIMEOUT_S + (MAX_BLOCK_MS / 1000 if blocking else 0),
-            socket_connect_timeout=COMMAND_TIMEOUT_S,
+            socket_timeout=timeout_s + (MAX_BLOCK_MS / 1000 if blocking else 0),
+            socket_connect_timeout=timeout_s,
             protocol=2,
             decode_responses=False,
         )

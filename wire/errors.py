@@ -7,6 +7,7 @@ ForebayError
 ├── RequestFailed         accepted, and ended without an answer; `code` says why
 ├── RequestCancelled      ended by `cancel`
 ├── RequestExpired        ended by its deadline
+├── ProducerClosed        the producer was closed while somebody waited on it
 ├── ResultGone            finished, but its result was not read within its time to live
 ├── ServerUnreachable     the Redis server cannot be reached, or refuses us
 ├── WireError             bytes from another process that break the protocol
@@ -87,6 +88,12 @@ class ResultGone(ForebayError):
     """The request is unknown: never submitted, or its result outlived its time to live."""
 
     code: ClassVar[str] = "result_gone"
+
+
+class ProducerClosed(ForebayError):
+    """The producer was closed; what was submitted goes on, and another producer can wait for it."""
+
+    code: ClassVar[str] = "producer_closed"
 
 
 class ServerUnreachable(ForebayError):

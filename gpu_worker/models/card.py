@@ -24,9 +24,15 @@ def load_model_card(
     whether to put `bos_token_id` before a plain prompt (chat templates write it themselves).
     Raises ModelError.
     """
+    name = name or default_model_name(model_path)
     if model_kind(model_path) == "gguf":
-        return _gguf_card(model_path, name or model_path.stem, block_size, max_model_len)
-    return _hf_card(model_path, name or model_path.resolve().name, block_size, max_model_len)
+        return _gguf_card(model_path, name, block_size, max_model_len)
+    return _hf_card(model_path, name, block_size, max_model_len)
+
+
+def default_model_name(model_path: Path) -> str:
+    """What a model is called unless it is given a name: as its directory, or its file."""
+    return model_path.resolve().name if model_path.is_dir() else model_path.stem
 
 
 def _gguf_card(path: Path, name: str, block_size: int, max_model_len: int | None) -> ModelCard:

@@ -12,6 +12,7 @@ from redis.asyncio import Redis
 
 from pipeline.conftest import SCHEDULER, STUB, Services
 from producer import Consumer, Producer, SyncProducer
+from producer.requests import make_submission
 from wire.errors import IntakeFull, RequestCancelled, RequestExpired, RequestFailed
 from wire.ids import RequestId
 from wire.messages import Prompt, Request
@@ -63,7 +64,9 @@ async def test_two_thousand_results_are_shared_by_two_consumers(
     ):
         consuming = [asyncio.create_task(consume(consumer)) for consumer in (one, other)]
         for start in range(0, 2000, 100):
-            await producer.enqueue([echo(index) for index in range(start, start + 100)])
+            await producer.enqueue(
+                [make_submission(echo(index)) for index in range(start, start + 100)]
+            )
         await asyncio.wait_for(enough.wait(), 60)
         for task in consuming:
             task.cancel()

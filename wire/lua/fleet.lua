@@ -2,6 +2,7 @@
 -- and not yet buried: 'group:epoch', its status ('' when its heartbeat stopped), how many
 -- requests it holds.
 
+redis.call('PEXPIRE', PREFIX .. ':salt', LIVE_TTL_MS)
 local reply = {now_ms()}
 for _, member in ipairs(redis.call('SMEMBERS', groups_key())) do
   local group, epoch = string.match(member, '^(.*):(%d+)$')
