@@ -47,11 +47,6 @@ class BlockPool:
         """How many blocks sequences hold."""
         return self.num_blocks - len(self._free)
 
-    @property
-    def num_registered(self) -> int:
-        """How many blocks, held or free, can be found by their contents."""
-        return len(self._registered)
-
     def num_blocks_for(self, num_tokens: int) -> int:
         """How many blocks `num_tokens` tokens take up."""
         return -(-num_tokens // self.block_size)

@@ -119,8 +119,13 @@ class Broker:
         if self.socket.parent != self.directory:
             self.socket.unlink(missing_ok=True)
 
-    def last_words(self) -> str:
-        """The last line that the server logged."""
+    def failure(self) -> ServerUnreachable:
+        """Why it ended, as an error: the signal that killed it, or the last line it logged."""
+        status = None if self._process is None else self._process.returncode
+        how = f"killed by signal {-status}" if status and status < 0 else self._last_words()
+        return ServerUnreachable(f"the embedded broker ended: {how}")
+
+    def _last_words(self) -> str:
         log = (self.directory / _LOG_NAME).read_bytes()[-4096:].decode(errors="replace")
         return next((line for line in reversed(log.splitlines()) if line.strip()), "no output")
 
@@ -129,11 +134,11 @@ class Broker:
         deadline = time.monotonic() + timeout_s
         while not await self.answers():
             if self._process.returncode is not None:
-                raise ServerUnreachable(f"the embedded broker ended: {self.last_words()}")
+                raise self.failure()
             if time.monotonic() > deadline:
                 raise ServerUnreachable(
                     f"the embedded broker did not answer within {timeout_s:g} s: "
-                    f"{self.last_words()}"
+                    f"{self._last_words()}"
                 )
             await asyncio.sleep(_POLL_S)
 

@@ -54,7 +54,7 @@ class Child:
             env=dict(environment),
             start_new_session=True,
         )
-        return cls(name, process, log_path.open("wb"), echo=echo)
+        return cls(name, process, log_path.open("wb", buffering=0), echo=echo)
 
     async def wait(self) -> int:
         """Return its exit status once it has ended and everything it wrote was read."""
@@ -105,9 +105,11 @@ class Child:
         assert self._process.stdout is not None
         with log:
             while data := await self._process.stdout.read(_READ_BYTES):
-                log.write(data)
-                log.flush()
                 self._tail = (self._tail + data)[-_TAIL_BYTES:]
+                # Read on, whatever becomes of it: a child whose output nobody takes would block.
+                with contextlib.suppress(OSError):
+                    log.write(data)
                 if echo:
-                    sys.stderr.buffer.write(data)
-                    sys.stderr.buffer.flush()
+                    with contextlib.suppress(OSError):
+                        sys.stderr.buffer.write(data)
+                        sys.stderr.buffer.flush()

@@ -15,7 +15,7 @@ from forebay.broker_binary import find_broker
 from forebay.child import Child
 from service.lifecycle import unless_stopped
 from service.settings import LocalSettings, WorkerSettings, flag, variable
-from wire.errors import ModelError, ServerUnreachable
+from wire.errors import ModelError
 
 T = TypeVar("T")
 
@@ -64,7 +64,7 @@ class LocalPipeline:
 
     async def _watch_broker(self) -> None:
         await self._broker.wait()
-        raise ServerUnreachable(f"the embedded broker ended: {self._broker.last_words()}")
+        raise self._broker.failure()
 
 
 async def _watch_child(child: Child) -> None:

@@ -33,8 +33,17 @@ def available_memory_bytes() -> int:
     limit = _read_number(_CGROUP / "memory.max")
     used = _read_number(_CGROUP / "memory.current")
     if limit is not None and used is not None:
-        available = min(available, max(limit - used, 0))
+        available = min(available, max(limit - used + _reclaimable_bytes(), 0))
     return available
+
+
+def _reclaimable_bytes() -> int:
+    """The container's cached files, which count as used: a model that was just read is one."""
+    try:
+        lines = (_CGROUP / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
 
 
 def _machine_available_bytes() -> int:

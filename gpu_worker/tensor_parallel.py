@@ -115,11 +115,6 @@ class TensorParallelGroup:
         dist.broadcast(packed, 0, group=self._control)
         return StepPlan.unpack(packed)
 
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        if self.size > 1:
-            dist.barrier()
-
     def close(self) -> None:
         """Leave the group. No collective may follow."""
         if self._control is not None:

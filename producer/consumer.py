@@ -78,6 +78,7 @@ class Consumer:
         self._blocking_client = connect(url, blocking=True)
         self._scripts = Scripts(self._client, self._keys)
         self._held: set[bytes] = set()
+        self._ready: deque[Delivery] = deque()
         self._room = asyncio.Event()
         self._keep_alive: asyncio.Task[None] | None = None
         self._next_take_over_s = 0.0
@@ -114,15 +115,14 @@ class Consumer:
             await self._close_clients()
 
     async def __aiter__(self) -> AsyncIterator[Delivery]:
-        """Deliveries as results come, for as long as one cares to wait."""
+        """Deliveries as results come; an iteration that is left goes on with the next one."""
         away_since: float | None = None
-        ready: deque[Delivery] = deque()
         while True:
-            while ready:
-                yield ready.popleft()
+            while self._ready:
+                yield self._ready.popleft()
             await self._room.wait()
             try:
-                ready.extend(await self._next_deliveries())
+                self._ready.extend(await self._next_deliveries())
                 away_since = None
             except RedisError as error:
                 away_since = away_since or time.monotonic()
@@ -177,16 +177,18 @@ class Consumer:
 
     async def _deliveries(self, entries: list[Entry]) -> list[Delivery]:
         ids = [RequestId(fields[b"request_id"].decode()) for _, fields in entries]
-        deliveries = []
+        deliveries, gone = [], []
         results = await fetch_results(self._client, self._keys, ids)
-        # Only now: what is lost to an error before comes again, by take-over from ourselves.
-        self._held.update(entry_id for entry_id, _ in entries)
         for (entry_id, _), result in zip(entries, results, strict=True):
             if isinstance(result, Result):
                 deliveries.append(Delivery(result, entry_id, self))
             else:
-                # Its record outlived its time to live: there is nothing to deliver any more.
-                await self.ack(Delivery(Result(RequestId(""), "failed"), entry_id, self))
+                gone.append(entry_id)
+        if gone:
+            # Their records outlived their time to live: there is nothing to deliver any more.
+            await ack_and_delete(self._client, self._key, CONSUMERS, *gone)
+        # Only now: what is lost to an error before comes again, by take-over from ourselves.
+        self._held.update(delivery.entry_id for delivery in deliveries)
         return deliveries
 
     async def _keep_claims(self) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
+from producer.queue_client import Enqueued, QueueClient
 from wire.errors import (
     ForebayError,
     RequestCancelled,
@@ -17,20 +16,7 @@ from wire.errors import (
 from wire.ids import RequestId
 from wire.messages import Chunk, Result
 from wire.records import journal_entry
-from wire.scripts import SubmitOutcome
 from wire.streams import START
-
-if TYPE_CHECKING:
-    from producer.producer import Producer
-
-
-@dataclass(frozen=True, slots=True)
-class Enqueued:
-    """What became of a submission; `result` is set where the producer hears of the end itself."""
-
-    request_id: RequestId
-    outcome: SubmitOutcome
-    result: asyncio.Future[Result] | None
 
 
 class RequestHandle:
@@ -40,8 +26,8 @@ class RequestHandle:
     in any order and more than once.
     """
 
-    def __init__(self, producer: Producer, enqueued: Enqueued) -> None:
-        self._producer = producer
+    def __init__(self, queue: QueueClient, enqueued: Enqueued) -> None:
+        self._queue = queue
         self._enqueued = enqueued
         self._result: Result | None = None
 
@@ -58,7 +44,7 @@ class RequestHandle:
         """
         if self._result is None:
             try:
-                self._result = await self._producer.wait_for(self._enqueued)
+                self._result = await self._queue.wait_for(self._enqueued)
             except ServerUnreachable:
                 # Asked again later, the journal tells.
                 self._enqueued = replace(self._enqueued, result=None)
@@ -75,7 +61,7 @@ class RequestHandle:
 
     async def cancel(self) -> None:
         """Ask for the request to be stopped. Whether that or its end came first, `result` tells."""
-        await self._producer.cancel(self.request_id)
+        await self._queue.cancel(self.request_id)
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
         """The output in order, without gap or repetition; ends when the request does.
@@ -85,7 +71,7 @@ class RequestHandle:
         """
         after, num_tokens, num_chars, state = START, 0, 0, None
         while state is None:
-            for entry_id, fields in await self._producer.journal_entries(self.request_id, after):
+            for entry_id, fields in await self._queue.journal_entries(self.request_id, after):
                 entry = journal_entry(entry_id, fields)
                 after, state = entry_id, entry.state
                 if entry.chunk is not None:

@@ -10,18 +10,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Iterable
-from typing import TYPE_CHECKING
 
-from producer.handle import Enqueued
+from producer.queue_client import Enqueued, QueueClient
 from producer.requests import make_submission
 from wire.errors import InvalidRequest
 from wire.ids import RequestId
 from wire.messages import Request, Result
 from wire.records import error_info
 from wire.scripts import Submission
-
-if TYPE_CHECKING:
-    from producer.producer import Producer
 
 MAX_BATCH = 64
 FORGET_AT_ONCE = 64
@@ -30,14 +26,14 @@ _MAX_DELAY_S = 1.0
 
 
 async def submit_many(
-    producer: Producer,
+    queue: QueueClient,
     requests: Iterable[Request] | AsyncIterable[Request],
     *,
     max_in_flight: int,
     forget: bool,
 ) -> AsyncIterator[Result]:
     """See `Producer.submit_many`."""
-    flight = _Flight(producer, max_in_flight)
+    flight = _Flight(queue, max_in_flight)
     pump = asyncio.create_task(flight.pump(requests), name="submit_many")
     ended: list[RequestId] = []
     try:
@@ -46,23 +42,23 @@ async def submit_many(
             if forget:
                 ended.append(result.request_id)
                 if len(ended) >= FORGET_AT_ONCE:
-                    await producer.delete(*ended)
+                    await queue.delete(*ended)
                     ended.clear()
         await pump
     finally:
         pump.cancel()
         await asyncio.gather(pump, return_exceptions=True)
         if flight.in_flight:
-            await producer.cancel(*flight.in_flight)
+            await queue.cancel(*flight.in_flight)
         if ended:
-            await producer.delete(*ended)
+            await queue.delete(*ended)
 
 
 class _Flight:
     """The requests between submission and result."""
 
-    def __init__(self, producer: Producer, max_in_flight: int) -> None:
-        self._producer = producer
+    def __init__(self, queue: QueueClient, max_in_flight: int) -> None:
+        self._queue = queue
         self._slots = asyncio.Semaphore(max_in_flight)
         self._to_send: asyncio.Queue[Submission | None] = asyncio.Queue(MAX_BATCH)
         # Bounded by the slots: a slot is free again when its result was taken out of here.
@@ -123,7 +119,7 @@ class _Flight:
         self.in_flight.update(submission.request_id for submission in batch)
         accepted: list[Enqueued] = []
         while True:
-            outcomes = await self._producer.enqueue(batch)
+            outcomes = await self._queue.enqueue(batch)
             accepted += [item for item in outcomes if item.outcome != "full"]
             batch = [
                 submission
@@ -136,7 +132,7 @@ class _Flight:
             delay_s = min(2 * delay_s, _MAX_DELAY_S)
 
     async def _await_result(self, enqueued: Enqueued) -> None:
-        self._results.put_nowait(await self._producer.wait_for(enqueued))
+        self._results.put_nowait(await self._queue.wait_for(enqueued))
 
 
 async def _as_async(

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
-from functools import partial
 from types import TracebackType
 from typing import Self
 
-from producer.completions import Completions
-from producer.handle import Enqueued, RequestHandle
+from producer.handle import RequestHandle
 from producer.many import submit_many
-from producer.patience import Patience
+from producer.queue_client import QueueClient
 from producer.requests import Message, make_prompt, make_submission, new_request_id
-from producer.stream_reader import StreamReader
-from wire.client import connect, ping, redis_errors
-from wire.codec import encode
 from wire.errors import IntakeFull
-from wire.ids import RequestId
 from wire.keys import Keys, check_name, check_request_id
 from wire.messages import DEFAULT_TENANT, Priority, Request, Result
-from wire.records import ending
 from wire.sampling import SamplingParams
-from wire.scripts import Scripts, Submission, SubmitOutcome
-from wire.streams import Entry
 
 DEFAULT_URL = "redis://127.0.0.1:6379/0"
 DEFAULT_NAMESPACE = "forebay"
@@ -55,43 +45,19 @@ class Producer:
         result_ttl_s: float = DEFAULT_RESULT_TTL_S,
         patience_s: float = DEFAULT_PATIENCE_S,
     ) -> None:
-        self._url = url
-        self._producer_id = os.urandom(8).hex()
-        self._reply_to = check_name("results", results) if results else self._producer_id
         self._max_queued = max_queued
-        self._result_ttl_ms = int(result_ttl_s * 1000)
-        self._patience = Patience(url, patience_s)
-        self._keys = Keys(namespace)
-        self._client = connect(url)
-        self._blocking_client = connect(url, blocking=True)
-        self._scripts = Scripts(self._client, self._keys)
-        self._reader = StreamReader(
-            self._client,
-            self._blocking_client,
+        self._queue = QueueClient(
             url,
-            self._keys.bell(self._producer_id),
+            Keys(namespace),
+            results=check_name("results", results) if results else None,
+            max_queued=max_queued,
+            result_ttl_ms=int(result_ttl_s * 1000),
             patience_s=patience_s,
         )
-        self._completions = Completions(
-            self._client,
-            self._keys,
-            self._reader,
-            None if results else self._keys.results(self._producer_id),
-            self._patience,
-        )
-        self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
         """Check that the server answers. Raises ServerUnreachable."""
-        try:
-            await ping(self._client, self._url)
-        except BaseException:
-            await self._close_clients()
-            raise
-        loop = asyncio.get_running_loop()
-        self._tasks.append(loop.create_task(self._reader.run(), name="stream_reader"))
-        if self._completions.has_own_stream:
-            self._tasks.append(loop.create_task(self._completions.run(), name="completions"))
+        await self._queue.open()
         return self
 
     async def __aexit__(
@@ -101,14 +67,7 @@ class Producer:
         traceback: TracebackType | None,
     ) -> None:
         """Close the connections. What was submitted goes on."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._close_clients()
-
-    async def _close_clients(self) -> None:
-        await self._client.aclose()
-        await self._blocking_client.aclose()
+        await self._queue.close()
 
     async def submit(
         self,
@@ -144,9 +103,9 @@ class Producer:
             )
         )
         while True:
-            [accepted] = await self.enqueue([submission])
+            [accepted] = await self._queue.enqueue([submission])
             if accepted.outcome != "full":
-                return RequestHandle(self, accepted)
+                return RequestHandle(self._queue, accepted)
             if not wait:
                 raise IntakeFull(
                     f"the queue is at its limit of {self._max_queued} requests, or as many results "
@@ -169,53 +128,4 @@ class Producer:
         that fails or is invalid. `forget` deletes each from the server once it was yielded, instead
         of keeping it for its time to live. Leaving the iteration early cancels what is in flight.
         """
-        return submit_many(self, requests, max_in_flight=max_in_flight, forget=forget)
-
-    async def enqueue(self, submissions: Sequence[Submission]) -> list[Enqueued]:
-        """Submit in one round trip: for each, whether it is new, known already, or refused."""
-        # Registered first: a result may be there before the submission's reply is.
-        futures = [self._completions.expect(item.request_id) for item in submissions]
-
-        async def call() -> list[SubmitOutcome]:
-            return await self._scripts.submit(
-                submissions,
-                reply_to=self._reply_to,
-                result_ttl_ms=self._result_ttl_ms,
-                max_queued=self._max_queued,
-                max_unread=self._max_queued,
-            )
-
-        outcomes = await self._patience.persist(call)
-        return [
-            Enqueued(
-                item.request_id,
-                outcome,
-                # Known: its end is told elsewhere, or was told long ago; the journal knows. (It
-                # looks like that, too, when only the reply to a first try was lost.)
-                future if outcome == "new" and self._completions.has_own_stream else None,
-            )
-            for item, outcome, future in zip(submissions, outcomes, futures, strict=True)
-        ]
-
-    async def wait_for(self, enqueued: Enqueued) -> Result:
-        """The result of a request, once it has ended."""
-        with redis_errors(self._url):
-            if enqueued.result is None:
-                return await self._completions.by_journal(enqueued.request_id)
-            return await asyncio.shield(enqueued.result)
-
-    async def journal_entries(self, request_id: RequestId, after: bytes) -> list[Entry]:
-        """The next entries of a request's journal behind the id `after`, at least one."""
-        return await self._reader.next_entries(self._keys.journal(request_id), after)
-
-    async def cancel(self, *request_ids: RequestId) -> None:
-        """Ask for requests to be stopped; those that have ended already stay as they are."""
-        result = encode(ending("cancelled"))
-        for request_id in request_ids:
-            await self._patience.persist(partial(self._scripts.cancel, request_id, result))
-
-    async def delete(self, *request_ids: RequestId) -> None:
-        """Delete ended requests from the server, ahead of their time to live."""
-        names = [self._keys.request(rid) for rid in request_ids]
-        names += [self._keys.journal(rid) for rid in request_ids]
-        await self._patience.persist(lambda: self._client.unlink(*names))
+        return submit_many(self._queue, requests, max_in_flight=max_in_flight, forget=forget)

@@ -14,12 +14,12 @@ from typing import cast
 import structlog
 from redis.asyncio import Redis
 
-from wire.codec import decode
-from wire.errors import ForebayError
+from wire.codec import decode, encode
+from wire.errors import ForebayError, RequestExpired
 from wire.ids import RequestId
 from wire.keys import DISPATCHERS, LIVE_TTL_MS, SCHEDULER_TTL_MS, Keys
-from wire.messages import Priority, Request
-from wire.records import Journaled, journal_entry
+from wire.messages import Priority, Request, TerminalState
+from wire.records import Journaled, ending, journal_entry
 from wire.scripts import Queued, Scripts
 from wire.streams import (
     START,
@@ -130,6 +130,17 @@ class Intake:
                     yield await self._claim_from(name, priority, key)
                 else:
                     await self._scripts.drop_consumer(key, DISPATCHERS, name)
+
+    async def end(self, queued: Queued, state: TerminalState, error: ForebayError) -> None:
+        """End a request that reaches no group."""
+        log.info("request ended in the queue", request_id=queued.request_id, reason=error.code)
+        await self._scripts.reject([(queued, state, encode(ending(state, error)))])
+        self.settle(queued)
+
+    async def end_late(self, queued: Queued) -> None:
+        """End a request whose deadline passed before it reached a group."""
+        expired = RequestExpired("the deadline passed while the request was queued")
+        await self.end(queued, "expired", expired)
 
     def settle(self, queued: Queued) -> None:
         """Forget an entry: its request was assigned or ended, and the entry deleted with that."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +90,13 @@ async def _submit(url: str, settings: LocalSettings, request: dict[str, Any]) ->
         ) as producer,
     ):
         handle = await producer.submit(**request)
-        printed = await unless_stopped(_print_answer(handle, stream=request["stream"]), stop)
+        try:
+            printed = await unless_stopped(_print_answer(handle, stream=request["stream"]), stop)
+        except BrokenPipeError:
+            # Whoever reads has enough of the answer, as in `forebay submit ... | head`.
+            await handle.cancel()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return True
         if printed is None:
             await handle.cancel()
         return printed

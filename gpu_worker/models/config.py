@@ -68,24 +68,29 @@ class ModelConfig:
         return self.architecture == "qwen3"
 
 
-def check_sizes(config: ModelConfig, origin: str) -> ModelConfig:
-    """Return `config`, or raise ModelError for sizes that contradict each other.
+_LARGEST_SIZES = {
+    "vocab_size": 2**31 - 1,
+    "hidden_size": 2**31 - 1,
+    "intermediate_size": 2**31 - 1,
+    # What is built for each layer and head, before a tensor is seen, must not fill the memory.
+    "num_layers": 4096,
+    "num_heads": 4096,
+    "num_kv_heads": 4096,
+    "head_dim": 2**31 - 1,
+    "max_model_len": 2**31 - 1,
+}
+"""Far above any model: what is larger comes from a damaged or a hostile file."""
+
+
+def check_config(config: ModelConfig, origin: str) -> ModelConfig:
+    """Return `config`, or raise ModelError for values out of range or that contradict each other.
 
     `origin` names the file that they came from.
     """
-    for name in (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_layers",
-        "num_heads",
-        "num_kv_heads",
-        "head_dim",
-        "max_model_len",
-    ):
+    for name, largest in _LARGEST_SIZES.items():
         value = getattr(config, name)
-        if not 1 <= value < 2**31:
-            raise ModelError(f"{origin}: {name} is {value}; it must be positive")
+        if not 1 <= value <= largest:
+            raise ModelError(f"{origin}: {name} is {value}; it must be 1 to {largest}")
     if config.num_heads % config.num_kv_heads:
         raise ModelError(
             f"{origin}: {config.num_heads} query heads cannot share {config.num_kv_heads} "
@@ -99,7 +104,25 @@ def check_sizes(config: ModelConfig, origin: str) -> ModelConfig:
                 f"{origin}: end-of-sequence token {token_id} is outside the vocabulary "
                 f"of {config.vocab_size}"
             )
+    if config.rope_scaling is not None:
+        _check_rope_scaling(config.rope_scaling, config.rope_theta, origin)
     return config
+
+
+def _check_rope_scaling(scaling: RopeScaling, rope_theta: float, origin: str) -> None:
+    """Raise ModelError for values from which no frequencies can be computed."""
+    if scaling.kind in ("llama3", "yarn") and not 1 <= scaling.original_max_len < 2**31:
+        raise ModelError(
+            f"{origin}: the original context length of {scaling.kind} rope scaling is "
+            f"{scaling.original_max_len}; it must be 1 to {2**31 - 1}"
+        )
+    if scaling.kind == "llama3" and scaling.high_freq_factor <= scaling.low_freq_factor:
+        raise ModelError(
+            f"{origin}: high_freq_factor is {scaling.high_freq_factor}; it must be above "
+            f"low_freq_factor, {scaling.low_freq_factor}"
+        )
+    if scaling.kind == "yarn" and rope_theta <= 1.0:
+        raise ModelError(f"{origin}: rope_theta is {rope_theta}; yarn needs one above 1")
 
 
 def limit_context(config_max_len: int, requested: int | None, origin: str) -> int:

@@ -25,22 +25,26 @@ class Fields:
         return self.values.get(self.prefix + name) is not None
 
     def integer(self, name: str, default: int | None = None) -> int:
-        """A whole number."""
+        """A whole number of at most 64 bits: larger ones do not fit a float or a tensor."""
         value = self._get(name, default)
         if isinstance(value, bool) or not isinstance(value, int):
             raise self._wrong(name, value, "a whole number")
+        if abs(value) >= 2**64:
+            raise self._wrong(name, value, "a whole number of at most 64 bits")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         """A finite number."""
         value = self._get(name, default)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not math.isfinite(value)
-        ):
+        if isinstance(value, bool) or not isinstance(value, int | float):
             raise self._wrong(name, value, "a finite number")
-        return float(value)
+        try:
+            number = float(value)
+        except OverflowError:  # JSON's whole numbers have no bound
+            number = math.inf
+        if not math.isfinite(number):
+            raise self._wrong(name, value, "a finite number")
+        return number
 
     def positive(self, name: str, default: float | None = None) -> float:
         """A finite number above zero."""

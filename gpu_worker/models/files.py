@@ -47,7 +47,7 @@ def read_json_object(path: Path) -> dict[str, object]:
     """The file's content, which must be one JSON object."""
     try:
         value = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of 5,000 digits
         raise ModelError(f"{path} is not valid JSON ({error}); the file is damaged") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} holds no JSON object; the file is damaged")

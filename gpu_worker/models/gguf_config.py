@@ -8,7 +8,7 @@ from gpu_worker.models.config import (
     Architecture,
     ModelConfig,
     RopeScaling,
-    check_sizes,
+    check_config,
     limit_context,
 )
 from gpu_worker.models.fields import Fields
@@ -61,7 +61,7 @@ def read_gguf_config(file: GGUFFile, max_model_len: int | None = None) -> ModelC
         tie_word_embeddings=_OUTPUT_HEAD not in file.tensors,
         eos_token_ids=_eos_token_ids(general),
     )
-    return check_sizes(config, origin)
+    return check_config(config, origin)
 
 
 def _vocab_size(file: GGUFFile) -> int:

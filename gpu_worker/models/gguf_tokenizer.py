@@ -40,11 +40,11 @@ def build_gguf_tokenizer(file: GGUFFile) -> Tokenizer:
         )
     pre = fields.text("pre", "default")
     tokens = _strings(fields, "tokens")
-    bpe = BPE(
-        vocab=_vocabulary(tokens, file),
-        merges=_merges(fields, file),
-        ignore_merges=pre in _LLAMA3,
-    )
+    vocabulary, merges = _vocabulary(tokens, file), _merges(fields, file)
+    try:
+        bpe = BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in _LLAMA3)
+    except Exception as error:  # tokenizers raises nothing more specific
+        raise ModelError(f"{file.path}: {error}; damaged file") from error
     tokenizer = Tokenizer(bpe)
     if pre in _QWEN2:
         tokenizer.normalizer = normalizers.NFC()

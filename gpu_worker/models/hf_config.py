@@ -9,7 +9,7 @@ from gpu_worker.models.config import (
     Architecture,
     ModelConfig,
     RopeScaling,
-    check_sizes,
+    check_config,
     limit_context,
 )
 from gpu_worker.models.fields import Fields
@@ -50,7 +50,7 @@ def read_hf_config(directory: Path, max_model_len: int | None = None) -> ModelCo
         tie_word_embeddings=fields.flag("tie_word_embeddings", False),
         eos_token_ids=_eos_token_ids(directory, fields),
     )
-    return check_sizes(config, str(path))
+    return check_config(config, str(path))
 
 
 def _architecture(fields: Fields) -> Architecture:
@@ -127,8 +127,13 @@ def _context_len(fields: Fields, scaling: RopeScaling | None) -> int:
     if scaling is None or scaling.kind == "llama3":
         return declared
     if scaling.kind == "yarn":
-        return max(declared, int(scaling.original_max_len * scaling.factor))
-    return int(declared * scaling.factor)
+        return max(declared, _stretched(scaling.original_max_len, scaling.factor))
+    return _stretched(declared, scaling.factor)
+
+
+def _stretched(length: int, factor: float) -> int:
+    """The product, or a length above all that are served where it is too large to be one."""
+    return int(min(length * factor, 2.0**63))
 
 
 def _refuse_unsupported(fields: Fields, architecture: Architecture, context: int) -> None:

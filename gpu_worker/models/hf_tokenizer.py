@@ -83,8 +83,8 @@ def _chat_template(directory: Path, config: dict[str, object], path: Path) -> st
         return read_text(template_path)
     template = config.get("chat_template")
     if isinstance(template, list):
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
+        named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
+        template = named[0].get("template") if named else None
     if template is not None and not isinstance(template, str):
         raise ModelError(f"{path}: field chat_template must be a string")
     return template

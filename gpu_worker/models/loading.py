@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -118,10 +119,16 @@ class _Loader:
     def _stacked(self, names: Sequence[str], sizes: Sequence[int], rows: Sequence[range]) -> Tensor:
         """Slices of several matrices, one under the other: rows[i] of names[i], of sizes[i]."""
         columns = self.config.hidden_size
+        reads = (
+            self.reader.read(f"{name}.weight", (size, columns), rows=part_rows)
+            for name, size, part_rows in zip(names, sizes, rows, strict=True)
+        )
+        # Memory is taken once a tensor has confirmed the sizes: they come from a stranger's file.
+        first = next(reads)
         fused = self._empty(sum(map(len, rows)), columns)
         parts = torch.split(fused, [len(part) for part in rows])
-        for name, size, part_rows, part in zip(names, sizes, rows, parts, strict=True):
-            part.copy_(self.reader.read(f"{name}.weight", (size, columns), rows=part_rows))
+        for part, values in zip(parts, itertools.chain([first], reads), strict=True):
+            part.copy_(values)
         return fused
 
     def _stacked_bias(
@@ -135,9 +142,9 @@ class _Loader:
 
     def _row_parallel(self, name: str, num_inputs: int, columns: range) -> RowParallelLinear:
         num_outputs = self.config.hidden_size
-        weight = self._empty(num_outputs, len(columns))
-        shape = (num_outputs, num_inputs)
-        weight.copy_(self.reader.read(f"{name}.weight", shape, columns=columns))
+        values = self.reader.read(f"{name}.weight", (num_outputs, num_inputs), columns=columns)
+        # A copy of its own, in rows: a column slice may be a view of the whole matrix.
+        weight = self._empty(num_outputs, len(columns)).copy_(values)
         return RowParallelLinear(weight, self.group)
 
     def _norm(self, name: str, num_features: int) -> RMSNorm:

@@ -34,5 +34,4 @@ def test_a_group_of_one_needs_nobody() -> None:
     assert group.gather_columns(values, (3,)) is values
     assert group.minimum(7) == 7
     group.send_plan(None)
-    group.barrier()
     group.close()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +15,6 @@ from redis.asyncio import Redis
 
 from pipeline.conftest import SCHEDULER, STUB, Services
 from producer import Consumer, Producer, SyncProducer
-from producer.requests import make_submission
 from wire.errors import IntakeFull, RequestCancelled, RequestExpired, RequestFailed
 from wire.ids import RequestId
 from wire.messages import Prompt, Request
@@ -63,15 +65,15 @@ async def test_two_thousand_results_are_shared_by_two_consumers(
         Producer(redis_url, results="run-1") as producer,
     ):
         consuming = [asyncio.create_task(consume(consumer)) for consumer in (one, other)]
-        for start in range(0, 2000, 100):
-            await producer.enqueue(
-                [make_submission(echo(index)) for index in range(start, start + 100)]
-            )
+        handles = [
+            await producer.submit(request_id=f"request-{index}", prompt=f"{index} is the number")
+            for index in range(2000)
+        ]
         await asyncio.wait_for(enough.wait(), 60)
         for task in consuming:
             task.cancel()
         await asyncio.gather(*consuming, return_exceptions=True)
-    assert Counter(shared) == Counter(f"request-{index}" for index in range(2000))
+    assert Counter(shared) == Counter(handle.request_id for handle in handles)
     async with Redis.from_url(redis_url) as client:
         assert await client.xlen("{forebay:0}:results:run-1") == 0
 
@@ -273,7 +275,7 @@ async def test_a_rank_that_dies_ends_its_group_with_a_message(
     [rank] = [
         int(pid) for pid in Path(f"/proc/{group.pid}/task/{group.pid}/children").read_text().split()
     ]
-    signal.pidfd_send_signal(_pidfd(rank), signal.SIGKILL)
+    os.kill(rank, signal.SIGKILL)
     assert group.wait(timeout=20) == 4
     assert f"rank 0 (pid {rank}) was killed by SIGKILL" in services.log(group)
 
@@ -285,6 +287,24 @@ def test_scripts_can_use_the_synchronous_face(pipeline: Services, redis_url: str
         assert handle.result().finish_reason == "stop"
         texts = {result.text for result in producer.submit_many(echo(i) for i in range(50))}
         assert texts == {f"{i} is the number"[:12] for i in range(50)}
+
+
+def test_a_reader_that_has_enough_of_an_answer_ends_its_request(
+    pipeline: Services, redis_url: str
+) -> None:
+    command = [sys.executable, "-m", "forebay", "submit", "--stream", "--redis", redis_url, "-"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+        assert process.stderr
+        process.stdin.write(b"x" * 2000)
+        process.stdin.close()
+        assert process.stdout.read(1) == b"x"
+        process.stdout.close()
+        assert process.wait(timeout=30) == 0
+        assert process.stderr.read() == b""
 
 
 async def test_nothing_but_expiring_keys_is_left_after_a_normal_end(
@@ -307,9 +327,3 @@ async def _collect(handle: object) -> tuple[list[int], list[int]]:
         offsets.append(chunk.offset)
         tokens += chunk.token_ids
     return offsets, tokens
-
-
-def _pidfd(pid: int) -> int:
-    import os
-
-    return os.pidfd_open(pid)

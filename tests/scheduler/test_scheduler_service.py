@@ -15,6 +15,7 @@ from gpu_worker.engine.stub import stub_model_card
 from scheduler.catalog import ModelCatalog
 from scheduler.fleet import Fleet
 from scheduler.intake import Intake
+from scheduler.salts import TenantSalts
 from scheduler.service import SchedulerService, open_scheduler
 from service.settings import SchedulerSettings
 from support.queue_driver import NAMESPACE, QueueDriver, open_queue, tokens
@@ -304,7 +305,7 @@ async def test_a_card_whose_reply_is_lost_is_asked_for_again(
         intake=Intake(queue.client, blocking, queue.keys),
         fleet=Fleet(queue.scripts, max_attempts=3),
         catalog=catalog,
-        salt=b"salt",
+        salts=TenantSalts(bytes(32)),
     )
     await queue.submit("a", model="m")
     async with running(service):
