@@ -20,6 +20,8 @@ from wire.sampling import SamplingParams
 
 Returned = TypeVar("Returned")
 
+_CLOSING_POLL_S = 0.01
+
 
 class SyncHandle:
     """A submitted request; see `RequestHandle` for what is raised."""
@@ -159,6 +161,9 @@ async def _next(items: AsyncIterator[Returned]) -> Returned:
 
 
 async def _close(items: AsyncIterator[Any]) -> None:
+    # A step that was interrupted may still be cleaning up, and is not to be closed meanwhile.
+    while getattr(items, "ag_running", False):
+        await asyncio.sleep(_CLOSING_POLL_S)
     aclose = getattr(items, "aclose", None)
     if aclose is not None:
         await aclose()

@@ -132,8 +132,8 @@ def _context_len(fields: Fields, scaling: RopeScaling | None) -> int:
 
 
 def _stretched(length: int, factor: float) -> int:
-    """The product, or a length above all that are served where it is too large to be one."""
-    return int(min(length * factor, 2.0**63))
+    """The product, cut to a range that is checked later: a float may hold an infinity."""
+    return int(max(0.0, min(length * factor, 2.0**63)))
 
 
 def _refuse_unsupported(fields: Fields, architecture: Architecture, context: int) -> None:

@@ -32,6 +32,14 @@ CONFIG: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
+LLAMA3: dict[str, Any] = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 1024,
+}
+
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Path]:
@@ -62,15 +70,8 @@ def test_generation_config_names_the_eos_tokens(write: Callable[..., Path]) -> N
 
 
 def test_both_spellings_of_rope_scaling_are_read(write: Callable[..., Path]) -> None:
-    llama3 = {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 1024,
-    }
-    old = read_hf_config(write(rope_theta=5e5, rope_scaling=llama3))
-    new = read_hf_config(write(rope_parameters={**llama3, "rope_theta": 5e5}))
+    old = read_hf_config(write(rope_theta=5e5, rope_scaling=LLAMA3))
+    new = read_hf_config(write(rope_parameters={**LLAMA3, "rope_theta": 5e5}))
     assert old == new
     assert new.rope_theta == 5e5
     assert new.rope_scaling is not None
@@ -111,6 +112,15 @@ def test_a_window_that_qwen_does_not_use_is_no_obstacle(write: Callable[..., Pat
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"eos_token_id": 100}, "token 100 is outside the vocabulary"),
         ({"rms_norm_eps": -1}, "rms_norm_eps is -1.0"),
+        # Numbers that are well formed, but made to overflow a float or to fill the memory.
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps is 10*[.]+; it must be a finite number"),
+        ({"max_position_embeddings": 2**64}, "whole number of at most 64 bits"),
+        ({"num_hidden_layers": 2**31 - 1}, "num_layers is 2147483647; it must be 1 to 4096"),
+        ({"num_attention_heads": 2**30, "head_dim": 2}, "num_heads is 1073741824"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 1e308}}, "max_model_len is 9223"),
+        ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "it must be above low_freq_factor"),
+        ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 0}}, "llama3 .* is 0"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "rope_theta": 1}, "yarn needs"),
     ],
 )
 def test_an_unsupported_or_damaged_configuration_is_named(
@@ -122,7 +132,7 @@ def test_an_unsupported_or_damaged_configuration_is_named(
     assert str(directory / "config.json") in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000, b"9" * 5_000])
 def test_a_config_that_is_no_json_object_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ModelError, match=r"config\.json"):
@@ -195,6 +205,16 @@ def test_a_tensor_that_contradicts_the_configuration_is_named(sharded: Path) -> 
     config = json.loads((sharded / "config.json").read_text())
     (sharded / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
     with pytest.raises(ModelError, match=r"gate_proj.weight has shape \[128, 96\]"):
+        load(sharded)
+
+
+@pytest.mark.parametrize("size", ["intermediate_size", "vocab_size"])
+def test_a_size_that_no_memory_holds_is_refused_before_memory_is_taken(
+    sharded: Path, size: str
+) -> None:
+    config = json.loads((sharded / "config.json").read_text())
+    (sharded / "config.json").write_text(json.dumps({**config, size: 2**31 - 1}))
+    with pytest.raises(ModelError, match=r"has shape .*; the files do not belong together"):
         load(sharded)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gpu_worker import memory
 from gpu_worker.memory import MAX_CPU_BYTES, available_memory_bytes, default_kv_cache_bytes
 from gpu_worker.model_runner import ModelRunner
 from gpu_worker.tensor_parallel import TensorParallelGroup
@@ -47,3 +48,14 @@ def test_by_default_the_ranks_share_a_bounded_part_of_what_is_available() -> Non
     assert 0 < available_memory_bytes() < 2**50
     assert 0 < default_kv_cache_bytes(cpu, 1) <= MAX_CPU_BYTES
     assert default_kv_cache_bytes(cpu, 4) <= MAX_CPU_BYTES // 4
+
+
+def test_files_that_a_container_has_cached_do_not_count_as_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("8000000\n")
+    (tmp_path / "memory.current").write_text("7000000\n")
+    assert available_memory_bytes() == 1_000_000
+    (tmp_path / "memory.stat").write_text("anon 5000\ninactive_file 6000000\nactive_file 9\n")
+    assert available_memory_bytes() == 7_000_000

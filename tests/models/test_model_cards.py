@@ -178,6 +178,7 @@ def test_control_tokens_are_hidden_and_user_defined_ones_shown(tmp_path: Path) -
         ({"pre": "smollm", "kind": "llama"}, "tokenizer model 'llama' is not supported"),
         ({"pre": "tekken"}, "pre-tokenizer 'tekken' is not supported"),
         ({"pre": "qwen2", "merges": ("12",)}, "merge '12' is not a pair"),
+        ({"pre": "qwen2", "merges": ("12 nowhere",)}, "out of vocabulary; damaged file"),
     ],
 )
 def test_an_unknown_tokenizer_is_named(
@@ -230,7 +231,9 @@ def test_chat_templates_come_from_a_file_a_field_or_a_list(
 
     assert card_of(write_directory(unchanged)).chat_template is None
     assert card_of(write_directory(unchanged, chat_template="field")).chat_template == "field"
-    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    named = [{"name": []}, {"name": "tool_use", "template": "t"}]
+    assert card_of(write_directory(unchanged, chat_template=named)).chat_template is None
+    named = [*named, {"name": "default", "template": "d"}]
     directory = write_directory(unchanged, chat_template=named)
     assert card_of(directory).chat_template == "d"
     (directory / "chat_template.jinja").write_text("file")
