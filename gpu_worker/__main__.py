@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 
 from service.command import run_command, service_command
 from service.settings import WorkerSettings
+from wire.errors import ConfigError
+
+# The extra `worker` of pyproject.toml: producers and schedulers do without.
+PACKAGES = ("gguf", "numpy", "safetensors", "torch")
 
 
 async def _run(settings: WorkerSettings) -> None:
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"a worker needs {', '.join(missing)}; install Forebay with its engine: "
+            "pip install 'forebay[worker]'"
+        )
     # Imported late, so that `--help` stays quick.
     from gpu_worker import service
 

@@ -8,7 +8,11 @@ import subprocess
 import tomllib
 from pathlib import Path
 
+import pytest
+
 import forebay
+from gpu_worker.__main__ import PACKAGES, command
+from service.command import run_command
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -72,3 +76,12 @@ def test_the_scripts_are_sound() -> None:
     for script, shell in ((".ci/run", "bash"), ("deploy/start-redis.sh", "sh")):
         subprocess.run([shell, "-n", ROOT / script], check=True)
     assert os.access(ROOT / ".ci/run", os.X_OK)
+
+
+def test_a_worker_without_its_engine_s_packages_says_which_are_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert set(PACKAGES) == names(PROJECT["optional-dependencies"]["worker"])
+    monkeypatch.setattr("gpu_worker.__main__.find_spec", lambda name: None)
+    assert run_command(command, ["--model", "stub:"]) == 2
+    assert "a worker needs gguf, numpy, safetensors, torch; install" in capsys.readouterr().err
