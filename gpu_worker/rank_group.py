@@ -14,16 +14,8 @@ from pathlib import Path
 
 import structlog
 
-from gpu_worker.rank_protocol import (
-    FromRank,
-    RankConnection,
-    RankError,
-    RankOptions,
-    RankReady,
-    Stop,
-    ToRank,
-    rank_command,
-)
+from gpu_worker.rank_options import RankOptions, rank_command
+from gpu_worker.rank_protocol import FromRank, RankConnection, RankError, RankReady, Stop, ToRank
 from wire.errors import ForebayError, ModelError, WireError
 
 log = structlog.get_logger(__name__)

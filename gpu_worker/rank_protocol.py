@@ -8,7 +8,7 @@ They share a stream socket pair, inherited by rank 0. A frame is
     from rank 0    RankReady (once, first), then StepOutput after each step; or RankError, last
 
 Either side's end of file means that the other one is gone: the rank exits, the orchestrator
-restarts the group. Ranks above 0 have no socket; they hear from rank 0 alone.
+ends the group. Ranks above 0 have no socket; they hear from rank 0 alone.
 
 `RankChannel` is the rank's blocking side and `RankConnection` the orchestrator's asyncio side.
 """
@@ -16,84 +16,18 @@ restarts the group. Ranks above 0 have no socket; they hear from rank 0 alone.
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import socket
 import struct
-import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from service.settings import LogFormat, LogLevel
 from wire.codec import decode, encode
-from wire.errors import ConfigError, WireError
+from wire.errors import WireError
 from wire.ids import RequestId, TokenIds, token_ids
 from wire.messages import Assignment, ErrorInfo, FinishReason
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 """Above this a length is taken for garbage. Some 16 million token ids: far above any batch."""
-
-STUB_MODEL_PATH = "stub:"
-"""In place of a model's path: run the stub engine, which needs neither a model nor torch."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankOptions:
-    """What every rank of a group must know before it starts; given on its command line as JSON.
-
-    What a worker's settings hold has no default here. `model_path` may be STUB_MODEL_PATH.
-    `model_name` salts the prefix hashes. `dtype` is a torch dtype's name, or "auto". The KV-cache
-    has `num_blocks` blocks, else as many as `kv_cache_bytes` (per rank) hold, else what the rank
-    finds fit. `max_model_len` None takes the model's own. `max_num_batched_tokens` bounds one
-    step's tokens over all sequences. `num_threads` None shares the cores among the ranks.
-    `collective_timeout_s` bounds each exchange between ranks. `stub_step_s` is how long a step of
-    the stub engine takes.
-    """
-
-    model_path: str
-    model_name: str
-    dtype: str
-    block_size: int
-    kv_cache_bytes: int | None
-    max_model_len: int | None
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    num_threads: int | None
-    collective_timeout_s: float
-    log_level: LogLevel
-    log_format: LogFormat
-    num_blocks: int | None = None
-    prefix_caching: bool = True
-    stub_step_s: float = 0.0
-
-    def to_json(self) -> str:
-        """The form that `from_json` reads."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> RankOptions:
-        """Raise ConfigError for what is not an object with exactly this class's fields."""
-        try:
-            return cls(**json.loads(text))
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"rank options cannot be read: {error}") from error
-
-
-def rank_command(
-    options: RankOptions, *, rank: int, size: int, rendezvous: str, socket_fd: int | None
-) -> list[str]:
-    """The command line with which this process starts one of its ranks.
-
-    `rendezvous` is a path at which no file exists yet, in a directory that only this user can
-    enter; all ranks of a group are given the same one. `socket_fd` is rank 0's end of the socket
-    pair, to be inherited (`pass_fds`); None for the other ranks. On Linux a rank dies with the
-    thread that started it: start it from one that lives on, such as the main thread.
-    """
-    command = [sys.executable, "-m", "gpu_worker.rank", "--parent-pid", str(os.getpid())]
-    command += ["--rank", str(rank), "--size", str(size), "--rendezvous", rendezvous]
-    if socket_fd is not None:
-        command += ["--socket-fd", str(socket_fd)]
-    return [*command, "--options", options.to_json()]
 
 
 # To rank 0

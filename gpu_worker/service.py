@@ -13,7 +13,7 @@ from gpu_worker.engine.stub import stub_model_card
 from gpu_worker.models.card import default_model_name, load_model_card
 from gpu_worker.orchestrator import Orchestrator
 from gpu_worker.rank_group import open_ranks
-from gpu_worker.rank_protocol import STUB_MODEL_PATH, RankOptions
+from gpu_worker.rank_options import STUB_MODEL_PATH, RankOptions
 from service.lifecycle import shutdown_signals, unless_stopped
 from service.settings import WorkerSettings
 from wire.client import connect, ping, redis_errors

@@ -21,6 +21,7 @@ from wire.scripts import Submission
 
 MAX_BATCH = 64
 FORGET_AT_ONCE = 64
+LEAVING_PATIENCE_S = 2.0
 _FIRST_DELAY_S = 0.05
 _MAX_DELAY_S = 1.0
 
@@ -49,7 +50,8 @@ async def submit_many(
         pump.cancel()
         await asyncio.gather(pump, return_exceptions=True)
         if flight.in_flight:
-            await queue.cancel(*flight.in_flight)
+            # Often left because the server is away: not to be waited for all over again.
+            await queue.cancel(*flight.in_flight, patience_s=LEAVING_PATIENCE_S)
         if ended:
             await queue.delete(*ended)
 

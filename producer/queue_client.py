@@ -128,11 +128,15 @@ class QueueClient:
         """The next entries of a request's journal behind the id `after`, at least one."""
         return await self._reader.next_entries(self._keys.journal(request_id), after)
 
-    async def cancel(self, *request_ids: RequestId) -> None:
-        """Ask for requests to be stopped; those that have ended already stay as they are."""
+    async def cancel(self, *request_ids: RequestId, patience_s: float | None = None) -> None:
+        """Ask for requests to be stopped; those that have ended already stay as they are.
+
+        `patience_s` stands in for the producer's own patience with a server that is away.
+        """
+        patience = self._patience if patience_s is None else Patience(self._url, patience_s)
         result = encode(ending("cancelled"))
         for request_id in request_ids:
-            await self._patience.persist(partial(self._scripts.cancel, request_id, result))
+            await patience.persist(partial(self._scripts.cancel, request_id, result))
 
     async def delete(self, *request_ids: RequestId) -> None:
         """Delete ended requests from the server, ahead of their time to live."""

@@ -87,6 +87,9 @@ def run_command(command: click.Command, arguments: list[str] | None = None) -> i
         outcome = command.main(args=arguments, standalone_mode=False)
     except click.exceptions.Exit as error:
         return error.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return error.exit_code
     except click.ClickException as error:
         complain(error.format_message())
         return error.exit_code

@@ -9,10 +9,6 @@ from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
-from service.die_with_parent import die_with_parent
-
-__all__ = ["die_with_parent", "shutdown_signals", "unless_stopped"]
-
 T = TypeVar("T")
 
 _SHUTDOWN_SIGNALS = (signal.SIGTERM, signal.SIGINT)

@@ -21,6 +21,7 @@ from pydantic import (
     SecretStr,
     StringConstraints,
     ValidationError,
+    ValidationInfo,
     field_validator,
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -191,6 +192,17 @@ class WorkerSettings(CommonSettings):
     step_timeout_s: PositiveSeconds = Field(
         default=120.0, description="An engine step that takes longer than this has hung."
     )
+
+    @field_validator("group_timeout_ms")
+    @classmethod
+    def _check_group_timeout(cls, timeout_ms: int, info: ValidationInfo) -> int:
+        heartbeat_ms = info.data.get("heartbeat_ms")
+        if heartbeat_ms is not None and timeout_ms < 2 * heartbeat_ms:
+            raise ValueError(
+                f"a group that beats every {heartbeat_ms} ms needs at least {2 * heartbeat_ms}, or "
+                "it would be taken for dead"
+            )
+        return timeout_ms
 
     @property
     def model_path(self) -> Path | None:

@@ -95,7 +95,7 @@ def run_batch_command(
             else _run_with_services(options, files, settings)
         )
     if summary is None:
-        print(f"interrupted; the answers so far are in {output_path}", file=sys.stderr)
+        print(f"interrupted; the answers so far are in {files.output.name}", file=sys.stderr)
         return ExitCode.INTERRUPTED
     for line in summary_lines(summary):
         print(line, file=sys.stderr)

@@ -17,13 +17,8 @@ from gpu_worker.engine.random_numbers import seed_to_uint64
 from gpu_worker.engine.sampler import Sampled, Sampler
 from gpu_worker.engine.sequence import End, Sequence
 from gpu_worker.engine.step_builder import StepBuilder
-from gpu_worker.rank_protocol import (
-    EngineStats,
-    RankOptions,
-    RawLogprob,
-    SequenceOutput,
-    StepOutput,
-)
+from gpu_worker.rank_options import RankOptions
+from gpu_worker.rank_protocol import EngineStats, RawLogprob, SequenceOutput, StepOutput
 from gpu_worker.step_plan import StepPlan
 from wire.errors import InvalidRequest, RequestTooLong
 from wire.ids import RequestId, TokenIds, token_ids

@@ -2,8 +2,9 @@
 
 Iteration-level scheduling (Orca, OSDI 2022) with chunked prefill (Sarathi-Serve, OSDI 2024):
 
-    1. every sequence that is generating gets its one token: a long prompt never stalls it
-    2. what is left of the token budget goes to prompts that are partly computed, oldest first
+    1. every sequence that is generating gets its one token, oldest first should the token budget
+       not do for all: a long prompt never stalls it
+    2. what is left of the budget goes to prompts that are partly computed, oldest first
     3. then to waiting sequences, first come, first served, while rows and blocks last
 
 A sequence is admitted when blocks for all its tokens are free, and gets them at once: chunks of

@@ -64,11 +64,11 @@ class Sampler:
             return Sampled(logits.argmax(1).tolist(), None)
         wants_logprobs = np.flatnonzero(self._num_logprobs[rows])
         raw = logits[_index(wants_logprobs, logits)] if wants_logprobs.size else None
-        for i in np.flatnonzero(self._needs_mask[rows]).tolist():
-            mask_early_stops(logits[i], sequences[i])
         penalized = np.flatnonzero(self._has_penalties[rows]).tolist()
         if penalized:
             apply_penalties(logits, {i: sequences[i] for i in penalized})
+        for i in np.flatnonzero(self._needs_mask[rows]).tolist():
+            mask_early_stops(logits[i], sequences[i])
         chosen = self._choose(logits, rows, sequences)
         if raw is None:
             return Sampled(chosen.tolist(), None)

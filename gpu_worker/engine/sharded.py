@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gpu_worker.engine.engine import Engine, EngineModel
 from gpu_worker.model_runner import ModelRunner
-from gpu_worker.rank_protocol import RankOptions
+from gpu_worker.rank_options import RankOptions
 from gpu_worker.step_plan import StepPlan
 from gpu_worker.tensor_parallel import TensorParallelGroup
 from wire.errors import ConfigError
@@ -108,7 +108,15 @@ def _num_cores() -> int:
 
 
 def _device(rank: int) -> torch.device:
-    return torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    num_gpus = torch.cuda.device_count()
+    if rank >= num_gpus:
+        raise ConfigError(
+            f"rank {rank} finds no GPU of its own, this machine has {num_gpus}; "
+            f"use a tensor-parallel size of at most {num_gpus}"
+        )
+    return torch.device("cuda", rank)
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

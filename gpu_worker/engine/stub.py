@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from gpu_worker.rank_protocol import EngineStats, RankOptions, SequenceOutput, StepOutput
+from gpu_worker.rank_options import RankOptions
+from gpu_worker.rank_protocol import EngineStats, SequenceOutput, StepOutput
 from wire.ids import RequestId, TokenIds
 from wire.messages import Assignment, ErrorInfo, FinishReason, ModelCard
 

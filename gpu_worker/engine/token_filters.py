@@ -106,8 +106,10 @@ def draw(scores: Tensor, uniforms: Tensor) -> Tensor:
     row = torch.arange(num_rows, device=scores.device)
     inside = chunks[row, chunk].double()
     start = before[row, chunk] - chunks[row, chunk].sum(1).double()
-    offset = (inside.cumsum(1) <= (target - start).unsqueeze(1)).sum(1)
-    # Rounding may carry the target past the chunk's end: its last possible token takes it.
+    # Rounding may carry the target out of the chunk: before its start, where the first token could
+    # be a masked one, or past its end. Its first or its last possible token takes it.
+    within = (target - start).clamp(min=0.0)
+    offset = (inside.cumsum(1) <= within.unsqueeze(1)).sum(1)
     place = torch.arange(_CHUNK, device=scores.device)
     last = torch.where(inside > 0, place, 0).amax(1)
     return chunk * _CHUNK + torch.minimum(offset, last)

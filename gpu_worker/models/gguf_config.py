@@ -20,6 +20,7 @@ _DEFAULT_ROPE_THETA = 10_000.0
 _EMBEDDING = "token_embd.weight"
 _OUTPUT_HEAD = "output.weight"
 _ROPE_FACTORS = "rope_freqs.weight"
+_QKV_BIASES = (".attn_q.bias", ".attn_k.bias", ".attn_v.bias")
 
 
 def read_gguf_config(file: GGUFFile, max_model_len: int | None = None) -> ModelConfig:
@@ -45,6 +46,7 @@ def read_gguf_config(file: GGUFFile, max_model_len: int | None = None) -> ModelC
     head_dim = fields.integer("attention.key_length", hidden_size // max(num_heads, 1))
     context = limit_context(fields.integer("context_length"), max_model_len, origin)
     _refuse_unsupported(fields, head_dim, context)
+    _refuse_biases(file, architecture)
     config = ModelConfig(
         architecture=cast(Architecture, architecture),
         vocab_size=_vocab_size(file),
@@ -106,6 +108,14 @@ def _refuse_unsupported(fields: Fields, head_dim: int, context: int) -> None:
             f"{origin}: sliding_window attention over {window} tokens is not supported; "
             f"set the maximum model length to {window} or less"
         )
+
+
+def _refuse_biases(file: GGUFFile, architecture: str) -> None:
+    """No field of a GGUF file tells of biases; those that are left out make a wrong model."""
+    added = _QKV_BIASES if architecture == "qwen2" else ()
+    for name in file.tensors:
+        if name.endswith(".bias") and not name.endswith(added):
+            raise ModelError(f"{file.path}: bias {name} is not supported for {architecture}")
 
 
 def _eos_token_ids(general: Fields) -> tuple[int, ...]:

@@ -19,7 +19,8 @@ from tokenizers import Tokenizer
 from gpu_worker.engine.sharded import ShardedEngine
 from gpu_worker.models.card import load_model_card
 from gpu_worker.rank_group import open_ranks
-from gpu_worker.rank_protocol import AddRequests, EngineStats, RankOptions, StepOutput
+from gpu_worker.rank_options import RankOptions
+from gpu_worker.rank_protocol import AddRequests, EngineStats, StepOutput
 from support.engine_fakes import assignment, rank_options, run_to_end, tokens_of
 from support.greedy_reference import assert_greedy, load_reference
 from support.model_files import gguf_path, hf_model_dir

@@ -16,19 +16,17 @@ from pathlib import Path
 import psutil
 import pytest
 
+from gpu_worker.rank_options import STUB_MODEL_PATH, RankOptions, rank_command
 from gpu_worker.rank_protocol import (
-    STUB_MODEL_PATH,
     AbortRequests,
     AddRequests,
     Drain,
     RankConnection,
     RankError,
-    RankOptions,
     RankReady,
     StepOutput,
     Stop,
     ToRank,
-    rank_command,
 )
 from support.engine_fakes import assignment, rank_options
 from wire.ids import RequestId
@@ -151,7 +149,7 @@ async def test_a_missing_model_is_reported_as_such(tmp_path: Path) -> None:
 
 PARENT = """
 import socket, subprocess, sys, time
-from gpu_worker.rank_protocol import RankOptions, rank_command
+from gpu_worker.rank_options import RankOptions, rank_command
 ours, theirs = socket.socketpair()
 fd = theirs.fileno()
 # The rank gets both ends, so that no end of file tells it what happened.

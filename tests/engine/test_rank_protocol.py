@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
+from gpu_worker.rank_options import RankOptions
 from gpu_worker.rank_protocol import (
     MAX_FRAME_BYTES,
     AbortRequests,
@@ -19,7 +20,6 @@ from gpu_worker.rank_protocol import (
     RankChannel,
     RankConnection,
     RankError,
-    RankOptions,
     RankReady,
     RawLogprob,
     SequenceOutput,

@@ -12,6 +12,7 @@ from cache.prefix_hash import PrefixHasher
 from gpu_worker.engine.random_numbers import seed_to_uint64, uniforms
 from gpu_worker.engine.sampler import Sampler
 from gpu_worker.engine.sequence import Sequence
+from gpu_worker.engine.token_filters import draw
 from support.engine_fakes import assignment
 from wire.sampling import SamplingParams
 
@@ -189,6 +190,20 @@ def test_the_vocabulary_may_have_any_size() -> None:
         logits = torch.full((64, vocab_size), -50.0)
         logits[:, -1] = 0.0
         assert sampler.sample(logits, sequences).token_ids == [vocab_size - 1] * 64
+
+
+def test_a_draw_on_the_edge_between_chunks_never_takes_a_masked_token() -> None:
+    # Weights over many orders of magnitude, so that sums over chunks are rounded; the uniforms
+    # are the shares at which one chunk ends and the next, whose first tokens are masked, begins.
+    scores = torch.randn(300, 8, 128, generator=torch.Generator().manual_seed(1)) * 20
+    scores[:, :, :40] = -torch.inf
+    scores = scores.view(300, -1)
+    scores -= scores.amax(1, keepdim=True)
+    ends = scores.exp().view(300, 8, 128).sum(2).double().cumsum(1)
+    for chunk in range(7):
+        share = (ends[:, chunk] / ends[:, -1]).clamp(2**-49, 1 - 2**-49)
+        drawn = draw(scores, share)
+        assert (scores.gather(1, drawn[:, None]) > -torch.inf).all()
 
 
 def test_random_numbers_are_even_and_fill_the_open_interval() -> None:

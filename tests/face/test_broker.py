@@ -87,6 +87,7 @@ async def test_a_stale_socket_is_no_obstacle(directory: Path) -> None:
     broker = await Broker.start(directory)
     os.kill((await _server_pid(broker)), signal.SIGKILL)
     await broker.wait()
+    assert "killed by signal 9" in str(broker.failure())
     assert broker.socket.exists()
     again = await Broker.start_or_attach(directory)
     assert await again.answers()

@@ -57,6 +57,13 @@ def test_every_help_shows_an_example(capsys: pytest.CaptureFixture[str], name: s
         assert example.split()[1] == name
 
 
+def test_without_arguments_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys)
+    assert (code, out) == (ExitCode.USAGE, "")
+    assert err.startswith("Usage: ")
+    assert "Commands:\n  run-batch " in err
+
+
 @pytest.mark.parametrize("name", cli.commands)
 def test_every_option_is_explained(name: str) -> None:
     for parameter in cli.commands[name].params:

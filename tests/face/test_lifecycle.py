@@ -7,10 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
 
+from forebay.child import Child
 from service.die_with_parent import command_line
 from service.lifecycle import shutdown_signals, unless_stopped
 from support.waiting import wait_until
@@ -92,3 +94,16 @@ def test_a_child_dies_with_its_parent() -> None:
 def test_a_child_whose_parent_was_gone_before_it_could_ask_ends_at_once() -> None:
     orphan = command_line(SLEEPER, parent_pid=2**22 + 1)
     assert subprocess.run(orphan, timeout=10).returncode == -signal.SIGKILL
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that takes nothing")
+async def test_a_child_whose_log_cannot_be_written_is_not_held_up() -> None:
+    program = [sys.executable, "-c", "print(('x' * 99 + chr(10)) * 10_000, 'the end')"]
+    child = await Child.start(
+        "talkative", program, environment=dict(os.environ), log_path=Path("/dev/full"), echo=False
+    )
+    try:
+        assert await asyncio.wait_for(child.wait(), 10) == 0
+    finally:
+        await child.stop(timeout_s=1)
+    assert "the end" in str(child.failure())

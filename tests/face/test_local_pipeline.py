@@ -14,6 +14,8 @@ import psutil
 import pytest
 
 from forebay.broker_binary import BrokerBinary
+from forebay.local import local_pipeline
+from service.settings import LocalSettings
 from support.waiting import wait_until
 
 FOREBAY = [sys.executable, "-m", "forebay"]
@@ -58,6 +60,23 @@ def test_a_batch_run_brings_its_pipeline_and_takes_it_down(
     assert "20: 20 answered, 0 failed" in done.stderr
     assert answers(tmp_path / "out.jsonl") == {f"row-{n}" for n in range(20)}
     assert not list(Path(environment["TMPDIR"]).iterdir())
+
+
+def test_files_of_the_user_that_are_called_as_ours_do_no_harm(
+    tmp_path: Path, batch: list[str], environment: dict[str, str]
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    for name in ("cache", "gpu_worker", "producer", "scheduler", "service", "types", "wire"):
+        (here / f"{name}.py").write_text("raise SystemExit('taken for ours')")
+    done = subprocess.run(
+        [sys.executable, "-P", *batch[1:], "--model", "stub:"],
+        env=environment,
+        cwd=here,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_answers_can_go_to_standard_output(environment: dict[str, str]) -> None:
@@ -237,3 +256,11 @@ def test_it_goes_down_in_an_orderly_way(
     assert up.wait(timeout=20) == 0
     assert not [child for child in family if child.is_running()]
     assert command(environment, "submit", "Hello").returncode == 4
+
+
+async def test_what_a_killed_pipeline_left_is_cleared_away(tmp_path: Path) -> None:
+    litter = tmp_path / "tmp" / "forebay-ranks-x"
+    litter.mkdir(parents=True)
+    settings, flags = LocalSettings.load(), {"model": "stub:"}
+    async with local_pipeline(tmp_path, settings=settings, worker_flags=flags):
+        assert not litter.exists()

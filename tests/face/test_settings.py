@@ -72,6 +72,12 @@ def test_a_bad_flag_is_one_line_with_its_value(flags: dict[str, object], message
     assert "\n" not in str(caught.value)
 
 
+def test_a_group_must_not_be_dead_between_two_heartbeats() -> None:
+    WorkerSettings.load(model="m.gguf", heartbeat_ms=500, group_timeout_ms=1000)
+    with pytest.raises(ConfigError, match=r"^--group-timeout-ms is 999: .* at least 1000"):
+        WorkerSettings.load(model="m.gguf", heartbeat_ms=500, group_timeout_ms=999)
+
+
 def test_a_bad_variable_is_called_by_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOREBAY_FLUSH_MS", "soon")
     with pytest.raises(ConfigError, match=r"^FOREBAY_FLUSH_MS is 'soon': "):

@@ -167,6 +167,21 @@ def test_a_hostile_file_is_a_model_error(tmp_path: Path, content: bytes, complai
     assert str(path) in str(caught.value)
 
 
+def test_biases_that_the_architecture_does_not_have_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "biased.gguf"
+    writer = GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_head_count(2)
+    writer.add_tensor("blk.0.attn_q.bias", np.zeros(32, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match=r"bias blk\.0\.attn_q\.bias is not supported for llama"):
+        read_gguf_config(GGUFFile(path))
+
+
 def test_a_missing_file_is_a_model_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no\.gguf does not exist"):
         open_model(tmp_path / "no.gguf")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -20,6 +22,8 @@ from wire.client import connect
 from wire.errors import InvalidRequest, ServerUnreachable
 from wire.ids import RequestId
 from wire.keys import CONSUMERS
+from wire.messages import Prompt, Request
+from wire.scripts import Scripts
 from wire.streams import START, consumers
 
 
@@ -196,3 +200,86 @@ async def test_a_consumer_that_owes_nothing_leaves_nothing(
             await delivery.ack()
             break
     assert await consumers(queue.client, queue.keys.results("results"), CONSUMERS) == {}
+
+
+async def test_an_iteration_that_was_left_goes_on_with_the_next(
+    queue: QueueDriver, redis_url: str
+) -> None:
+    """What was read ahead is not lost, nor does it take the room of what comes."""
+    for name in "abc":
+        await queue.submit(name)
+        await queue.cancel(name)
+    seen: set[str] = set()
+    async with Consumer(
+        redis_url, results="results", namespace=NAMESPACE, max_unacked=3
+    ) as consumer:
+        for _ in range(3):
+            async with asyncio.timeout(5):
+                async for delivery in consumer:
+                    seen.add(delivery.result.request_id)
+                    await delivery.ack()
+                    break
+    assert seen == {"a", "b", "c"}
+    assert await queue.ended() == []
+
+
+async def test_a_result_that_is_gone_takes_no_room(queue: QueueDriver, redis_url: str) -> None:
+    for name in "ab":
+        await queue.submit(name)
+        await queue.cancel(name)
+    await queue.client.delete(queue.keys.request(RequestId("a")))
+    async with Consumer(
+        redis_url, results="results", namespace=NAMESPACE, max_unacked=1
+    ) as consumer:
+        async with asyncio.timeout(5):
+            async for delivery in consumer:
+                assert delivery.result.request_id == "b"
+                await delivery.ack()
+                break
+    assert await queue.ended() == []
+
+
+# Leaving
+
+
+async def test_leaving_while_the_server_is_away_is_not_held_up(
+    queue: QueueDriver, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("producer.many.LEAVING_PATIENCE_S", 0.1)
+
+    async def unreachable(*args: Any) -> Any:
+        raise RedisConnectionError("nobody listens")
+
+    async with Producer(redis_url, namespace=NAMESPACE, patience_s=60) as producer:
+        results = producer.submit_many([Request(RequestId("a"), Prompt(text="x"))])
+        waiting = asyncio.ensure_future(anext(results))
+        while await queue.state("a") is None:
+            await asyncio.sleep(0.01)
+        monkeypatch.setattr(Scripts, "cancel", unreachable)
+        waiting.cancel()
+        async with asyncio.timeout(5):
+            with pytest.raises(ServerUnreachable):
+                await waiting
+
+
+def test_an_interrupted_synchronous_iteration_ends_as_interrupted(redis_url: str) -> None:
+    program = f"""
+import os, signal, threading
+from forebay import Prompt, Request, SyncProducer
+
+def requests():
+    for number in range(20):
+        yield Request(str(number), Prompt(text="x"))
+    threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+
+try:
+    with SyncProducer({redis_url!r}, namespace={NAMESPACE!r}) as producer:
+        for _ in producer.submit_many(requests()):
+            pass
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (done.stdout, done.stderr) == ("interrupted\n", "")

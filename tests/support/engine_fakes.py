@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from gpu_worker.engine.engine import Engine, EngineModel
-from gpu_worker.rank_protocol import RankOptions, SequenceOutput
+from gpu_worker.rank_options import RankOptions
+from gpu_worker.rank_protocol import SequenceOutput
 from gpu_worker.step_plan import StepPlan
 from wire.ids import RequestId, token_ids
 from wire.messages import Assignment

@@ -10,7 +10,8 @@ import pytest
 
 import gpu_worker.rank_group
 from gpu_worker.rank_group import RankGroup, RankLost, open_ranks
-from gpu_worker.rank_protocol import AbortRequests, EngineStats, RankOptions, RankReady, StepOutput
+from gpu_worker.rank_options import RankOptions
+from gpu_worker.rank_protocol import AbortRequests, EngineStats, RankReady, StepOutput
 from wire.errors import ModelError
 from wire.ids import RequestId
 
