@@ -64,23 +64,30 @@ class Heartbeat:
         # A connection that is half open must be given up while there is time for another try.
         client = connect(self._url, timeout_s=self._timeout_ms / 1000 / 3)
         scripts = Scripts(client, self._keys)
-        first = True
         try:
-            while not self._stop.is_set():
-                try:
-                    server_ms = await self._beat_once(scripts, first=first)
-                except RedisError as error:
-                    log.warning("heartbeat failed", error=str(error))
-                else:
-                    if server_ms is None:
-                        self._loop.call_soon_threadsafe(self._on_lost)
-                        return
-                    first = False
-                    self._loop.call_soon_threadsafe(self._on_time, server_ms)
-                    self._loop.call_soon_threadsafe(self._beaten.set)
-                await asyncio.to_thread(self._stop.wait, self._interval_s)
+            await self._beat_on(scripts)
+        except Exception:
+            # A group without a heartbeat is as good as dead: it must hear of it.
+            log.exception("heartbeat ended")
+            self._loop.call_soon_threadsafe(self._on_lost)
         finally:
             await client.aclose()
+
+    async def _beat_on(self, scripts: Scripts) -> None:
+        first = True
+        while not self._stop.is_set():
+            try:
+                server_ms = await self._beat_once(scripts, first=first)
+            except RedisError as error:
+                log.warning("heartbeat failed", error=str(error))
+            else:
+                if server_ms is None:
+                    self._loop.call_soon_threadsafe(self._on_lost)
+                    return
+                first = False
+                self._loop.call_soon_threadsafe(self._on_time, server_ms)
+                self._loop.call_soon_threadsafe(self._beaten.set)
+            await asyncio.to_thread(self._stop.wait, self._interval_s)
 
     async def _beat_once(self, scripts: Scripts, *, first: bool) -> int | None:
         status = self._status()

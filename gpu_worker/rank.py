@@ -12,7 +12,7 @@ also takes the end of its socket for an order to exit. Signals meant for the who
 service (SIGINT, SIGTERM) are left to the orchestrator, which drains or stops its ranks by a frame
 and ends by SIGKILL those that do not obey.
 
-Exit status: 0 after Drain, Stop or the orchestrator's end; 1 after an error, which rank 0 reports
+Exit status: 0 after Stop or the orchestrator's end; 1 after an error, which rank 0 reports
 in a RankError frame and every rank in its log.
 """
 
@@ -35,7 +35,6 @@ from gpu_worker.rank_options import STUB_MODEL_PATH, RankOptions
 from gpu_worker.rank_protocol import (
     AbortRequests,
     AddRequests,
-    Drain,
     RankChannel,
     RankError,
     RankReady,
@@ -71,12 +70,8 @@ class ServedEngine(Protocol):
 
 
 def serve(channel: RankChannel, engine: ServedEngine) -> None:
-    """Run requests until told to stop, or until none is left after Drain.
-
-    Raises EOFError or OSError when the orchestrator is gone.
-    """
-    draining = False
-    while engine.has_work or not draining:
+    """Run requests until told to stop. Raises EOFError or OSError when the orchestrator is gone."""
+    while True:
         for frame in channel.receive(wait=not engine.has_work):
             match frame:
                 case AddRequests(assignments):
@@ -85,8 +80,6 @@ def serve(channel: RankChannel, engine: ServedEngine) -> None:
                 case AbortRequests(request_ids):
                     for request_id in request_ids:
                         engine.abort(request_id)
-                case Drain():
-                    draining = True
                 case Stop():
                     return
         if engine.has_work:

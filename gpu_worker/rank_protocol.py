@@ -4,7 +4,7 @@ They share a stream socket pair, inherited by rank 0. A frame is
 
     length of the payload: uint32, big-endian | kind: uint8 | payload: msgpack, see `wire.codec`
 
-    to rank 0      AddRequests, AbortRequests, Drain, Stop
+    to rank 0      AddRequests, AbortRequests, Stop
     from rank 0    RankReady (once, first), then StepOutput after each step; or RankError, last
 
 Either side's end of file means that the other one is gone: the rank exits, the orchestrator
@@ -45,11 +45,6 @@ class AbortRequests:
     """Forget these, free their blocks, say nothing more of them. Unknown ids are ignored."""
 
     request_ids: tuple[RequestId, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Drain:
-    """Exit with status 0 as soon as nothing is left to run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,15 +136,14 @@ class RankError:
     message: str
 
 
-ToRank: TypeAlias = AddRequests | AbortRequests | Drain | Stop
+ToRank: TypeAlias = AddRequests | AbortRequests | Stop
 FromRank: TypeAlias = RankReady | StepOutput | RankError
 Frame: TypeAlias = ToRank | FromRank
 
 _KINDS: dict[int, type[Frame]] = {
     1: AddRequests,
     2: AbortRequests,
-    3: Drain,
-    4: Stop,
+    3: Stop,
     16: RankReady,
     17: StepOutput,
     18: RankError,

@@ -25,6 +25,7 @@ class Backlog:
         self.pending: dict[str, PendingRequests] = defaultdict(PendingRequests)
         self.to_prepare = asyncio.Event()
         self.to_dispatch = asyncio.Event()
+        self.closing = False
 
     def __len__(self) -> int:
         return len(self.arrived) + self.num_pending
@@ -43,6 +44,12 @@ class Backlog:
             for priority in PRIORITIES:
                 room[priority] -= pending.count(priority)
         return room
+
+    def close(self) -> None:
+        """Let the loops that work on it come to their end; what is held stays queued."""
+        self.closing = True
+        self.to_prepare.set()
+        self.to_dispatch.set()
 
     def arrive(self, arrivals: Sequence[Arrival]) -> None:
         """Take in what was read."""

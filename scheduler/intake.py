@@ -38,16 +38,19 @@ BLOCK_MS = 1000
 SHORT_BLOCK_MS = 20
 MAX_READ = 256
 
+_RECORD_FIELDS = ("state", "request", "fence", "submitted_ms", "deadline_ms")
+
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
     """A request as it came out of the intake; `request` is an error if it cannot be decoded.
 
-    `journaled` is what an earlier attempt left.
+    `journaled` is what an earlier attempt left. Times are the server's.
     """
 
     queued: Queued
     request: Request | ForebayError
+    submitted_ms: int
     deadline_ms: int | None
     journaled: Journaled
 
@@ -169,15 +172,13 @@ class Intake:
         ]
         async with self._client.pipeline(transaction=False) as pipe:
             for request_id in ids:
-                pipe.hmget(
-                    self._keys.request(request_id), "state", "request", "fence", "deadline_ms"
-                )
+                pipe.hmget(self._keys.request(request_id), *_RECORD_FIELDS)
             records = await pipe.execute()
         arrivals = []
         for (priority, (entry_id, _)), request_id, record in zip(
             entries, ids, records, strict=True
         ):
-            state, message, fence, deadline_ms = record
+            state, message, fence, submitted_ms, deadline_ms = record
             if state != b"queued":
                 key = self._keys.intakes[priority]
                 await ack_and_delete(self._client, key, DISPATCHERS, entry_id)
@@ -190,7 +191,13 @@ class Intake:
                 except ForebayError as error:
                     request = error
             arrivals.append(
-                Arrival(queued, request, int(deadline_ms) if deadline_ms else None, journaled)
+                Arrival(
+                    queued,
+                    request,
+                    int(submitted_ms),
+                    int(deadline_ms) if deadline_ms else None,
+                    journaled,
+                )
             )
         # Only now: what is lost to an error on the way here must be read again.
         self._held.update(

@@ -45,7 +45,7 @@ class Preparer:
         await self._backlog.to_prepare.wait()
         self._backlog.to_prepare.clear()
         waiting: list[Arrival] = []
-        while self._backlog.arrived:
+        while self._backlog.arrived and not self._backlog.closing:
             count = min(TOKENIZE_AT_ONCE, len(self._backlog.arrived))
             arrivals = [self._backlog.arrived.popleft() for _ in range(count)]
             try:
@@ -97,6 +97,9 @@ class Preparer:
             )
         return served[0] if served and self._catalog.get(served[0]) is not None else None
 
+    def _on_our_clock(self, server_ms: int) -> float:
+        return time.monotonic() - max(0, self._fleet.server_ms() - server_ms) / 1000
+
     async def _tokenize(self, model: str, arrivals: list[tuple[Arrival, Request]]) -> None:
         tokenizer = self._catalog.get(model)
         assert tokenizer is not None
@@ -121,6 +124,7 @@ class Preparer:
                     prompt_token_ids,
                     block_hashes,
                     arrival.journaled,
+                    submitted_s=self._on_our_clock(arrival.submitted_ms),
                     ready_s=time.monotonic(),
                     deadline_ms=arrival.deadline_ms,
                 )

@@ -129,8 +129,7 @@ class SchedulerService:
                 for name, (step, on_reconnect) in loops.items()
             ]
             await stop.wait()
-            for event in (self._backlog.to_prepare, self._backlog.to_dispatch):
-                event.set()
+            self._backlog.close()
             # Every step ends by itself within a second or two; a server that hangs must not
             # keep us from leaving.
             _, late = await asyncio.wait(running, timeout=STOP_TIMEOUT_S)

@@ -63,7 +63,11 @@ def connect(url: str, *, blocking: bool = False, timeout_s: float = COMMAND_TIME
             decode_responses=False,
         )
         pool.make_connection()  # connects to nothing, but knows which options there are
-    except (TypeError, ValueError) as error:
+    except TypeError as error:
+        raise ConfigError(
+            f"Redis URL {mask_passwords(url)!r} has an option behind its ? that is not known"
+        ) from error
+    except ValueError as error:
         raise ConfigError(f"Redis URL {mask_passwords(url)!r} cannot be used: {error}") from error
     return Redis.from_pool(pool)
 

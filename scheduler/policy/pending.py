@@ -1,6 +1,7 @@
 """The requests that are ready to go, in the order in which they should.
 
-Each class of priority gives a head start. What counts is the arrival time plus the class's delay:
+Each class of priority gives a head start. What counts is the time of submission plus the class's
+delay:
 
     interactive  +0 s      standard  +5 s      batch  +30 s
 
@@ -29,8 +30,8 @@ class ReadyRequest:
     """A request that can be dispatched: tokenized, its model known.
 
     `journaled` is what an earlier attempt left; its tokens are prefilled like the prompt.
-    `block_hashes` names the prompt's full blocks. `ready_s` is on the scheduler's clock,
-    `deadline_ms` on the server's.
+    `block_hashes` names the prompt's full blocks. `submitted_s` and `ready_s` (since when it could
+    be sent) are on the scheduler's clock, `deadline_ms` is on the server's.
     """
 
     queued: Queued
@@ -39,6 +40,7 @@ class ReadyRequest:
     prompt_token_ids: TokenIds
     block_hashes: tuple[BlockHash, ...]
     journaled: Journaled
+    submitted_s: float
     ready_s: float
     deadline_ms: int | None = None
 
@@ -78,7 +80,7 @@ class PendingRequests:
 
     def add(self, request: ReadyRequest) -> None:
         """Put a request in its place."""
-        due_s = request.ready_s + HEAD_START_S[request.queued.priority]
+        due_s = request.submitted_s + HEAD_START_S[request.queued.priority]
         heapq.heappush(self._heap, (due_s, self._sequence, request))
         self._sequence += 1
         self._counts[request.queued.priority] += 1

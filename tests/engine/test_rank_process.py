@@ -20,7 +20,6 @@ from gpu_worker.rank_options import STUB_MODEL_PATH, RankOptions, rank_command
 from gpu_worker.rank_protocol import (
     AbortRequests,
     AddRequests,
-    Drain,
     RankConnection,
     RankError,
     RankReady,
@@ -74,16 +73,16 @@ async def rank(
         await connection.close()
 
 
-async def test_requests_run_and_drain_ends_the_process_after_the_last(tmp_path: Path) -> None:
+async def test_requests_run_and_stop_ends_the_process(tmp_path: Path) -> None:
     async with rank(tmp_path) as one:
         requests = tuple(assignment(str(i), [i + 1] * 20) for i in range(20))
         await one.connection.send(AddRequests(requests))
-        await one.connection.send(Drain())
         finished: list[str] = []
-        while (frame := await one.connection.receive()) is not None:
-            assert isinstance(frame, StepOutput)
-            finished += [o.request_id for o in frame.outputs if o.finish_reason is not None]
+        while len(finished) < len(requests):
+            output = await one.receive_output()
+            finished += [o.request_id for o in output.outputs if o.finish_reason is not None]
         assert sorted(finished, key=int) == [str(i) for i in range(20)]
+        await one.connection.send(Stop())
         assert await one.exit_status() == 0
 
 

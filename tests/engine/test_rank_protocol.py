@@ -13,7 +13,6 @@ from gpu_worker.rank_protocol import (
     MAX_FRAME_BYTES,
     AbortRequests,
     AddRequests,
-    Drain,
     EngineStats,
     Frame,
     FromRank,
@@ -43,7 +42,6 @@ TO_RANK: list[ToRank] = [
     ),
     AddRequests(()),
     AbortRequests((RequestId("a"), RequestId("ü"))),
-    Drain(),
     Stop(),
 ]
 FROM_RANK: list[FromRank] = [
@@ -129,9 +127,9 @@ def test_frames_before_the_end_of_the_connection_are_still_delivered(
 ) -> None:
     ours, theirs = sockets
     channel = RankChannel(theirs)
-    ours.sendall(pack_frame(Drain()))
+    ours.sendall(pack_frame(Stop()))
     ours.close()
-    assert channel.receive(wait=True) == [Drain()]
+    assert channel.receive(wait=True) == [Stop()]
     with pytest.raises(EOFError):
         channel.receive(wait=True)
     with pytest.raises(EOFError):

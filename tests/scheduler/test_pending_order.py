@@ -85,7 +85,7 @@ def test_counts_by_class_add_up(arrivals: list[tuple[Priority, float]], takes: l
         pending.add(ready(priority=priority, at_s=at_s))
     for limit in takes:
         taken = pending.take(limit)
-        due = [request.ready_s + HEAD_START_S[request.queued.priority] for request in taken]
+        due = [request.submitted_s + HEAD_START_S[request.queued.priority] for request in taken]
         assert due == sorted(due)
         pending.give_back(taken[: limit // 2])
         assert sum(map(pending.count, PRIORITIES)) == len(pending) == len(list(pending))

@@ -36,6 +36,7 @@ def ready(
         ids,
         tuple(_HASHER.hash_blocks(ids)),
         Journaled(token_ids([9] * num_journaled)),
+        submitted_s=at_s,
         ready_s=at_s,
         deadline_ms=deadline_ms,
     )
