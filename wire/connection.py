@@ -1,7 +1,7 @@
 """redis-py's connections, so that cancelling a task that uses one always works.
 
 With a socket timeout, redis-py sends through `asyncio.wait_for`, which before Python 3.12 drops a
-cancellation that comes in the moment in which the sending ends (CPython issue 81839): the task
+cancellation that comes in the moment in which the sending ends (CPython issue 86296): the task
 that was to be cancelled goes on for ever. `asyncio.timeout` has no such gap.
 """
 
