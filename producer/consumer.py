@@ -24,8 +24,9 @@ from typing import Any, Self, cast
 from redis.exceptions import RedisError
 
 from producer.completions import fetch_results
+from producer.patience import Patience
 from producer.producer import DEFAULT_NAMESPACE, DEFAULT_PATIENCE_S, DEFAULT_URL
-from wire.client import connect, is_transient, ping, redis_errors
+from wire.client import connect, ping, redis_errors
 from wire.ids import RequestId
 from wire.keys import CONSUMERS, LIVE_TTL_MS, Keys, check_name
 from wire.messages import Result
@@ -33,7 +34,6 @@ from wire.scripts import Scripts
 from wire.streams import Entry, ack_and_delete, claim_idle, ensure_group, read_group
 
 BLOCK_MS = 1000
-_FIRST_RETRY_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class Consumer:
         self._name = f"{os.getpid()}-{os.urandom(4).hex()}"
         self._max_unacked = max_unacked
         self._take_over_after_ms = int(take_over_after_s * 1000)
-        self._patience_s = patience_s
+        self._patience = Patience(url, patience_s)
         self._client = connect(url)
         self._blocking_client = connect(url, blocking=True)
         self._scripts = Scripts(self._client, self._keys)
@@ -116,20 +116,11 @@ class Consumer:
 
     async def __aiter__(self) -> AsyncIterator[Delivery]:
         """Deliveries as results come; an iteration that is left goes on with the next one."""
-        away_since: float | None = None
         while True:
             while self._ready:
                 yield self._ready.popleft()
             await self._room.wait()
-            try:
-                self._ready.extend(await self._next_deliveries())
-                away_since = None
-            except RedisError as error:
-                away_since = away_since or time.monotonic()
-                if not is_transient(error) or time.monotonic() - away_since > self._patience_s:
-                    with redis_errors(self._url):
-                        raise
-                await asyncio.sleep(_FIRST_RETRY_S)
+            self._ready.extend(await self._patience.persist(self._next_deliveries))
 
     async def ack(self, delivery: Delivery) -> None:
         """Done with a delivery. Raises ServerUnreachable; it may then be delivered again."""
