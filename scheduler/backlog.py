@@ -1,6 +1,6 @@
 """The requests that one scheduler holds, between the intake and the groups.
 
-    arrived (as they were read) -> pending (tokenized, by model) -> gone
+    arrived (as they were read) -> pending, or suspects (tokenized, by model) -> gone
 
 All of it belongs to the scheduler's event loop; the events wake the loops that work on it.
 """
@@ -12,6 +12,7 @@ from collections import defaultdict, deque
 from collections.abc import Sequence, Set
 
 from scheduler.intake import Arrival
+from scheduler.policy.bisecting import is_suspect
 from scheduler.policy.pending import PendingRequests, ReadyRequest
 from wire.messages import PRIORITIES, Priority
 from wire.scripts import Queued
@@ -23,6 +24,7 @@ class Backlog:
     def __init__(self) -> None:
         self.arrived: deque[Arrival] = deque()
         self.pending: dict[str, PendingRequests] = defaultdict(PendingRequests)
+        self.suspects: dict[str, PendingRequests] = defaultdict(PendingRequests)
         self.to_prepare = asyncio.Event()
         self.to_dispatch = asyncio.Event()
         self.closing = False
@@ -33,16 +35,16 @@ class Backlog:
     @property
     def num_pending(self) -> int:
         """How many requests are ready to be sent."""
-        return sum(len(pending) for pending in self.pending.values())
+        return sum(map(len, self._queues()))
 
     def room(self, window: int) -> dict[Priority, int]:
         """How many more of each class may be read, if `window` of it are held at most."""
         room = dict.fromkeys(PRIORITIES, window)
         for arrival in self.arrived:
             room[arrival.queued.priority] -= 1
-        for pending in self.pending.values():
+        for queue in self._queues():
             for priority in PRIORITIES:
-                room[priority] -= pending.count(priority)
+                room[priority] -= queue.count(priority)
         return room
 
     def close(self) -> None:
@@ -60,12 +62,24 @@ class Backlog:
     def late(self, server_ms: int) -> set[Queued]:
         """Those whose deadline has passed."""
         waiting: list[Arrival | ReadyRequest] = [*self.arrived]
-        for pending in self.pending.values():
-            waiting += pending
+        for queue in self._queues():
+            waiting += queue
         return {item.queued for item in waiting if item.is_late(server_ms)}
 
     def discard(self, queued: Set[Queued]) -> None:
         """Forget those of these requests that are still held."""
         self.arrived = deque(item for item in self.arrived if item.queued not in queued)
-        for pending in self.pending.values():
-            pending.discard(queued)
+        for queue in self._queues():
+            queue.discard(queued)
+
+    def ready(self, request: ReadyRequest) -> None:
+        """Take in what can be sent."""
+        self.queue_of(request).add(request)
+
+    def queue_of(self, request: ReadyRequest) -> PendingRequests:
+        """Where a request waits."""
+        queues = self.suspects if is_suspect(request) else self.pending
+        return queues[request.model]
+
+    def _queues(self) -> list[PendingRequests]:
+        return [*self.pending.values(), *self.suspects.values()]

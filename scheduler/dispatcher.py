@@ -14,15 +14,19 @@ from scheduler.backlog import Backlog
 from scheduler.catalog import ModelCatalog
 from scheduler.fleet import Fleet
 from scheduler.intake import Intake
+from scheduler.policy.bisecting import plan_suspects
 from scheduler.policy.pending import ReadyRequest
 from scheduler.policy.planning import BatchLimits, PlannedBatch, Planner
 from scheduler.salts import TenantSalts
 from wire.codec import encode
 from wire.ids import BatchId
 from wire.messages import Assignment
-from wire.scripts import Scripts
+from wire.scripts import Queued, Scripts
 
 log = structlog.get_logger(__name__)
+
+ASK_AGAIN_S = 1.0
+"""A group that is kept from being filled again is so for three times as long (assign.lua)."""
 
 
 class Dispatcher:
@@ -47,11 +51,12 @@ class Dispatcher:
         self._fleet = fleet
         self._salts = salts
         self._planners: dict[str, Planner] = {}
+        self._ask_again_s = 0.0
 
     async def dispatch(self) -> None:
         """Send out what can go; if nothing can, wait for something to change."""
         self._backlog.to_dispatch.clear()
-        sent = False
+        sent = await self._dispatch_suspects()
         for model, pending in list(self._backlog.pending.items()):
             fleet = self._fleet.view.serving(model)
             unsent = deque(self._planner(model).plan(pending, fleet, time.monotonic()))
@@ -72,6 +77,23 @@ class Dispatcher:
                 async with asyncio.timeout(self._limits.max_wait_s + 0.001 if waits else None):
                     await self._backlog.to_dispatch.wait()
 
+    async def _dispatch_suspects(self) -> bool:
+        """Send out what must have a group for itself, a batch for each model."""
+        sent = False
+        ask_again = time.monotonic() >= self._ask_again_s
+        for model, suspects in self._backlog.suspects.items():
+            fleet = self._fleet.view.serving(model)
+            batch = plan_suspects(suspects, fleet, self._limits, ask_again=ask_again)
+            if batch is None:
+                continue
+            self._ask_again_s = time.monotonic() + ASK_AGAIN_S
+            try:
+                sent = await self._send(batch) or sent
+            except BaseException:
+                suspects.give_back(batch.requests)
+                raise
+        return sent
+
     def forget_group(self, key: str) -> None:
         """A group is gone, and its cache with it."""
         for planner in self._planners.values():
@@ -86,7 +108,8 @@ class Dispatcher:
             self._planners[model] = planner
         return planner
 
-    async def _send(self, batch: PlannedBatch) -> None:
+    async def _send(self, batch: PlannedBatch) -> bool:
+        """Hand a batch over. Returns False when the group did not take it."""
         live: list[ReadyRequest] = []
         now_ms = self._fleet.server_ms()
         for request in batch.requests:
@@ -95,7 +118,7 @@ class Dispatcher:
             else:
                 live.append(request)
         if not live:
-            return
+            return True
         status = batch.group.status
         batch_id = BatchId(os.urandom(8).hex())
         outcome = await self._scripts.assign(
@@ -103,13 +126,16 @@ class Dispatcher:
             status.epoch,
             credits=status.credits,
             batch_id=batch_id,
-            batch=[(request.queued, self._assignment(request)) for request in live],
+            batch=[self._assignment(request, now_ms) for request in live],
+            exclusive=batch.exclusive,
         )
         if isinstance(outcome, str):
-            batch.group.num_owned = status.credits  # until the fleet is looked at again
-            self._backlog.pending[live[0].model].give_back(live)
+            # Until the fleet is looked at again.
+            batch.group.num_owned = max(batch.group.num_owned, status.credits)
+            batch.group.exclusive = batch.exclusive
+            self._backlog.queue_of(live[0]).give_back(live)
             log.debug("batch refused", group_id=status.group_id, outcome=outcome)
-            return
+            return False
         for request in live:
             self._intake.settle(request.queued)
         log.debug(
@@ -118,13 +144,17 @@ class Dispatcher:
             group_id=status.group_id,
             num_requests=len(outcome),
             num_tokens=batch.num_tokens,
+            exclusive=batch.exclusive,
         )
+        return True
 
-    def _assignment(self, ready: ReadyRequest) -> bytes:
-        return encode(
+    def _assignment(self, ready: ReadyRequest, server_ms: int) -> tuple[Queued, int, bytes]:
+        # By the clock, so that it does not come again on a server that has lost its last second.
+        fence = max(ready.queued.fence + 1, server_ms)
+        message = encode(
             Assignment(
                 request_id=ready.request_id,
-                fence=ready.queued.fence + 1,
+                fence=fence,
                 prompt_token_ids=ready.prompt_token_ids,
                 sampling=ready.request.sampling,
                 stream=ready.request.stream,
@@ -135,3 +165,4 @@ class Dispatcher:
                 generated_logprobs=ready.journaled.logprobs,
             )
         )
+        return ready.queued, fence, message

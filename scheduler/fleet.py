@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 
 import structlog
+from redis.exceptions import RedisError
 
 from scheduler.policy.fleet_view import FleetView, GroupView
+from scheduler.policy.leases import LeaseWatch
 from wire.codec import decode, encode
 from wire.errors import RequestFailed, WireError
 from wire.messages import GroupStatus
@@ -21,9 +23,10 @@ RECLAIM_LIMIT = 500
 class Fleet:
     """The latest view of the groups."""
 
-    def __init__(self, scripts: Scripts, *, max_attempts: int) -> None:
+    def __init__(self, scripts: Scripts, *, max_crashes: int, grace_s: float) -> None:
         self._scripts = scripts
-        self._max_attempts = max_attempts
+        self._max_crashes = max_crashes
+        self._leases = LeaseWatch(grace_s=grace_s)
         self._seen_s = 0.0
         self.view = FleetView({})
 
@@ -33,20 +36,30 @@ class Fleet:
 
     async def refresh(self) -> tuple[set[str], set[str]]:
         """Look at all groups; bury the dead. Returns the keys of those that joined and left."""
-        server_ms, entries = await self._scripts.fleet()
+        try:
+            server_ms, entries = await self._scripts.fleet()
+        except RedisError:
+            self._leases.look_failed()
+            raise
         self._seen_s = time.monotonic()
+        by_key = {f"{entry.group_id}:{entry.epoch}": entry for entry in entries}
+        verdict = self._leases.look(
+            self._seen_s,
+            server_ms,
+            {key: entry.lease_until_ms for key, entry in by_key.items() if entry.lease_until_ms},
+        )
         groups: dict[str, GroupView] = {}
-        for entry in entries:
-            if entry.status is None:
+        for key, entry in by_key.items():
+            # Without a lease: declared dead, by somebody who has not taken everything from it yet.
+            if key in verdict.dead or not entry.lease_until_ms:
                 await self._bury(entry)
-                continue
-            try:
-                status = decode(GroupStatus, entry.status)
-            except WireError as error:
-                log.error("group status refused", group_id=entry.group_id, error=str(error))
-                continue
-            view = GroupView(status, entry.num_owned)
-            groups[view.key] = view
+            elif (status := _status(entry)) is not None:
+                groups[key] = GroupView(
+                    status,
+                    entry.num_owned,
+                    late=key in verdict.suspects,
+                    exclusive=entry.exclusive,
+                )
         before, now = set(self.view.groups), set(groups)
         self.view = FleetView(groups, server_ms)
         for key in now - before:
@@ -61,7 +74,8 @@ class Fleet:
             ending(
                 "failed",
                 RequestFailed(
-                    f"the worker group died {self._max_attempts} times while it held this request",
+                    f"worker groups died {self._max_crashes} times or more while they held this "
+                    "request, the last time when they held nothing else",
                     reason="worker_lost",
                 ),
             )
@@ -71,13 +85,13 @@ class Fleet:
             counts = await self._scripts.reclaim(
                 dead.group_id,
                 dead.epoch,
-                leaving=False,
-                max_attempts=self._max_attempts,
+                how="lapsed",
+                max_crashes=self._max_crashes,
                 limit=RECLAIM_LIMIT,
                 result=result,
             )
             if counts is None:
-                return  # it has just come alive: its first heartbeat was not there yet
+                return  # its heartbeat was just late
             taken, failed = counts
             total, failed_total = total + taken, failed_total + failed
             if taken < RECLAIM_LIMIT:
@@ -89,3 +103,13 @@ class Fleet:
             num_requeued=total - failed_total,
             num_failed=failed_total,
         )
+
+
+def _status(entry: FleetEntry) -> GroupStatus | None:
+    if entry.status is None:
+        return None
+    try:
+        return decode(GroupStatus, entry.status)
+    except WireError as error:
+        log.error("group status refused", group_id=entry.group_id, error=str(error))
+        return None

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import blake2b
 from typing import cast
 
 import structlog
 from redis.asyncio import Redis
 
 from wire.codec import decode, encode
-from wire.errors import ForebayError, RequestExpired
+from wire.errors import ForebayError, RequestExpired, WireError
 from wire.ids import RequestId
 from wire.keys import DISPATCHERS, LIVE_TTL_MS, SCHEDULER_TTL_MS, Keys
 from wire.messages import Priority, Request, TerminalState
 from wire.records import Journaled, ending, journal_entry
-from wire.scripts import Queued, Scripts
+from wire.scripts import Ending, Queued, Scripts
 from wire.streams import (
     START,
     Entry,
@@ -28,9 +29,9 @@ from wire.streams import (
     claim,
     consumers,
     ensure_group,
+    entries_of_all,
     read_group,
 )
-from wire.streams import entries as stream_entries
 
 log = structlog.get_logger(__name__)
 
@@ -38,14 +39,24 @@ BLOCK_MS = 1000
 SHORT_BLOCK_MS = 20
 MAX_READ = 256
 
-_RECORD_FIELDS = ("state", "request", "fence", "submitted_ms", "deadline_ms")
+_RECORD_FIELDS = (
+    "state",
+    "request",
+    "fence",
+    "submitted_ms",
+    "deadline_ms",
+    "entry",
+    "num_crashes",
+    "num_neighbours",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
     """A request as it came out of the intake; `request` is an error if it cannot be decoded.
 
-    `journaled` is what an earlier attempt left. Times are the server's.
+    `journaled` is what an earlier attempt left. Times are the server's. `num_crashes` counts the
+    groups that died while they held it, `num_neighbours` what else the last of them held.
     """
 
     queued: Queued
@@ -53,6 +64,8 @@ class Arrival:
     submitted_ms: int
     deadline_ms: int | None
     journaled: Journaled
+    num_crashes: int = 0
+    num_neighbours: int = 0
 
     def is_late(self, server_ms: int) -> bool:
         """Whether its deadline has passed."""
@@ -118,26 +131,33 @@ class Intake:
                 if not page:
                     break
                 last = page[-1][0]
-                entries += [
-                    (priority, entry) for entry in page if (priority, entry[0]) not in self._held
-                ]
+                entries += [(priority, entry) for entry in page]
         return await self._arrivals(entries)
 
-    async def take_over(self) -> AsyncIterator[list[Arrival]]:
-        """Claim what dead schedulers have read and not dispatched, some of it at a time."""
+    async def take_over(self, room: dict[Priority, int]) -> AsyncIterator[list[Arrival]]:
+        """Claim what dead schedulers have read and not dispatched, some of it at a time.
+
+        At most `room` of each class, from each of them.
+        """
         for priority, key in self._keys.intakes.items():
+            if room[priority] <= 0:
+                continue
             for name, num_pending in (await consumers(self._client, key, DISPATCHERS)).items():
                 if name == self._id or await self._client.exists(self._keys.scheduler(name)):
                     continue
                 if num_pending:
-                    yield await self._claim_from(name, priority, key)
+                    count = min(MAX_READ, room[priority])
+                    yield await self._claim_from(name, priority, key, count)
                 else:
                     await self._scripts.drop_consumer(key, DISPATCHERS, name)
 
     async def end(self, queued: Queued, state: TerminalState, error: ForebayError) -> None:
         """End a request that reaches no group."""
         log.info("request ended in the queue", request_id=queued.request_id, reason=error.code)
-        await self._scripts.reject([(queued, state, encode(ending(state, error)))])
+        # What breaks the wire format is nobody's bad request: it is kept to be looked into.
+        dead = error.code if isinstance(error, WireError) else ""
+        result = encode(ending(state, error))
+        await self._scripts.reject([Ending(queued, state, result, dead)])
         self.settle(queued)
 
     async def end_late(self, queued: Queued) -> None:
@@ -149,9 +169,11 @@ class Intake:
         """Forget an entry: its request was assigned or ended, and the entry deleted with that."""
         self._held.discard((queued.priority, queued.entry_id))
 
-    async def _claim_from(self, name: str, priority: Priority, key: str) -> list[Arrival]:
+    async def _claim_from(
+        self, name: str, priority: Priority, key: str, count: int
+    ) -> list[Arrival]:
         pending = await self._client.xpending_range(
-            key, DISPATCHERS, "-", "+", MAX_READ, consumername=name
+            key, DISPATCHERS, "-", "+", count, consumername=name
         )
         entry_ids = [cast("bytes", item["message_id"]) for item in pending]
         if not entry_ids:
@@ -164,6 +186,8 @@ class Intake:
 
     async def _arrivals(self, entries: Sequence[tuple[Priority, Entry]]) -> list[Arrival]:
         """Fetch the records behind intake entries; drop entries that no queued request needs."""
+        # A server that has lost its last moments delivers again what it had delivered in them.
+        entries = [item for item in entries if (item[0], item[1][0]) not in self._held]
         if not entries:
             return []
         ids = [
@@ -174,22 +198,23 @@ class Intake:
             for request_id in ids:
                 pipe.hmget(self._keys.request(request_id), *_RECORD_FIELDS)
             records = await pipe.execute()
+        journals = await self._journals(
+            [rid for rid, record in zip(ids, records, strict=True) if int(record[2] or 0)]
+        )
         arrivals = []
         for (priority, (entry_id, _)), request_id, record in zip(
             entries, ids, records, strict=True
         ):
-            state, message, fence, submitted_ms, deadline_ms = record
-            if state != b"queued":
+            state, message, fence, submitted_ms, deadline_ms, entry, *crashes = record
+            if state != b"queued" or entry != entry_id:
                 key = self._keys.intakes[priority]
                 await ack_and_delete(self._client, key, DISPATCHERS, entry_id)
                 continue
             queued = Queued(request_id, int(fence), priority, entry_id)
-            request, journaled = _decode_request(message or b""), Journaled()
-            if queued.fence:
-                try:
-                    journaled = await self._journaled(request_id)
-                except ForebayError as error:
-                    request = error
+            request = _decode_request(message or b"", int(submitted_ms))
+            journaled = journals.get(request_id, Journaled())
+            if isinstance(journaled, ForebayError):
+                request, journaled = journaled, Journaled()
             arrivals.append(
                 Arrival(
                     queued,
@@ -197,6 +222,7 @@ class Intake:
                     int(submitted_ms),
                     int(deadline_ms) if deadline_ms else None,
                     journaled,
+                    *(int(count or 0) for count in crashes),
                 )
             )
         # Only now: what is lost to an error on the way here must be read again.
@@ -205,13 +231,35 @@ class Intake:
         )
         return arrivals
 
-    async def _journaled(self, request_id: RequestId) -> Journaled:
-        journal = await stream_entries(self._client, self._keys.journal(request_id))
-        return Journaled.of(journal_entry(entry_id, fields) for entry_id, fields in journal)
+    async def _journals(
+        self, request_ids: Sequence[RequestId]
+    ) -> dict[RequestId, Journaled | ForebayError]:
+        """What earlier attempts at these requests have left."""
+        if not request_ids:
+            return {}
+        keys = [self._keys.journal(request_id) for request_id in request_ids]
+        found = await entries_of_all(self._client, keys)
+        return {
+            request_id: _journaled(journal)
+            for request_id, journal in zip(request_ids, found, strict=True)
+        }
 
 
-def _decode_request(message: bytes) -> Request | ForebayError:
+def _journaled(journal: Sequence[Entry]) -> Journaled | ForebayError:
     try:
-        return decode(Request, message)
+        return Journaled.of(journal_entry(entry_id, fields) for entry_id, fields in journal)
     except ForebayError as error:
         return error
+
+
+def _decode_request(message: bytes, submitted_ms: int) -> Request | ForebayError:
+    try:
+        request = decode(Request, message)
+    except ForebayError as error:
+        return error
+    if request.sampling.seed is not None:
+        return request
+    # Every attempt must draw what the one before would have drawn next.
+    name = f"{request.request_id}:{submitted_ms}".encode()
+    seed = int.from_bytes(blake2b(name, digest_size=8).digest(), "little", signed=True)
+    return replace(request, sampling=replace(request.sampling, seed=seed))

@@ -116,7 +116,7 @@ class Preparer:
                 await self._intake.end(arrival.queued, "failed", outcome)
                 continue
             prompt_token_ids, block_hashes = outcome
-            self._backlog.pending[model].add(
+            self._backlog.ready(
                 ReadyRequest(
                     arrival.queued,
                     request,
@@ -127,6 +127,8 @@ class Preparer:
                     submitted_s=self._on_our_clock(arrival.submitted_ms),
                     ready_s=time.monotonic(),
                     deadline_ms=arrival.deadline_ms,
+                    num_crashes=arrival.num_crashes,
+                    num_neighbours=arrival.num_neighbours,
                 )
             )
         self._backlog.to_dispatch.set()

@@ -36,6 +36,7 @@ BUSY_POLL_S = 0.02
 IDLE_POLL_S = 0.25
 TAKE_OVER_EVERY_S = 1.0
 STOP_TIMEOUT_S = 10.0
+RETRY_LIMIT = 500
 
 
 async def run(settings: SchedulerSettings) -> None:
@@ -58,13 +59,19 @@ async def open_scheduler(settings: SchedulerSettings) -> AsyncIterator[Scheduler
         await ping(client, url)
         keys = Keys(settings.namespace)
         scripts = Scripts(client, keys)
+        with redis_errors(url):
+            salts = await TenantSalts.shared(client, keys)
         yield SchedulerService(
             settings,
             scripts,
             intake=Intake(client, blocking_client, keys),
-            fleet=Fleet(scripts, max_attempts=settings.max_attempts),
+            fleet=Fleet(
+                scripts,
+                max_crashes=settings.max_crashes,
+                grace_s=settings.group_timeout_ms / 1000,
+            ),
             catalog=ModelCatalog(client, keys),
-            salts=await TenantSalts.shared(client, keys),
+            salts=salts,
         )
     finally:
         await client.aclose()
@@ -85,6 +92,7 @@ class SchedulerService:
         salts: TenantSalts,
     ) -> None:
         self._settings = settings
+        self._scripts = scripts
         self._intake = intake
         self._fleet = fleet
         self._catalog = catalog
@@ -118,6 +126,7 @@ class SchedulerService:
             "dispatch": (self._dispatcher.dispatch, None),
             "watch_fleet": (self._watch_fleet, None),
             "expire": (self._expire, None),
+            "retry": (self._retry, None),
             "take_over": (self._take_over, self._read_again),
         }
         self._stop = stop
@@ -152,7 +161,7 @@ class SchedulerService:
     async def _take_over(self) -> None:
         await self._intake.heartbeat()
         num_taken = 0
-        async for arrivals in self._intake.take_over():
+        async for arrivals in self._intake.take_over(self._backlog.room(self._settings.window)):
             self._backlog.arrive(arrivals)
             num_taken += len(arrivals)
         if not num_taken:
@@ -167,6 +176,18 @@ class SchedulerService:
             # Afterwards, so that an error loses none. One that is sent in the meantime was ended
             # already, and is left out of its batch.
             self._backlog.discard(late)
+        await sleep_unless(self._stop, IDLE_POLL_S)
+
+    async def _retry(self) -> None:
+        """Queue again what has waited after an error, and fail what had too many."""
+        num_queued, num_failed = await self._scripts.retry(
+            max_errors=self._settings.max_errors,
+            delay_ms=self._settings.retry_delay_ms,
+            max_delay_ms=self._settings.max_retry_delay_ms,
+            limit=RETRY_LIMIT,
+        )
+        if num_queued or num_failed:
+            log.info("requests retried", num_requeued=num_queued, num_failed=num_failed)
         await sleep_unless(self._stop, IDLE_POLL_S)
 
     async def _watch_fleet(self) -> None:

@@ -38,6 +38,7 @@ LogFormat: TypeAlias = Literal["auto", "console", "json"]
 Name: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 """A name that becomes a part of Redis keys: no colon, brace or space in it."""
 
+
 _REDIS_SCHEMES = ("redis", "rediss", "unix")
 
 
@@ -109,7 +110,20 @@ class QueueSettings(CommonSettings):
     )
 
 
-class SchedulerSettings(CommonSettings):
+class FleetSettings(CommonSettings):
+    """What the schedulers and the worker groups must agree on."""
+
+    group_timeout_ms: Annotated[int, Field(ge=100)] = Field(
+        default=3600,
+        description="A group without a heartbeat for this long is dead, and its requests move on.",
+    )
+    max_crashes: PositiveInt = Field(
+        default=3,
+        description="Crashes of its group after which a request fails, if it was alone there.",
+    )
+
+
+class SchedulerSettings(FleetSettings):
     """The scheduler: how it batches, and when it gives up on a request."""
 
     max_batch_tokens: PositiveInt = Field(
@@ -124,12 +138,19 @@ class SchedulerSettings(CommonSettings):
     window: PositiveInt = Field(
         default=4096, description="Requests read ahead of the groups' credits, at most."
     )
-    max_attempts: PositiveInt = Field(
-        default=3, description="Deliveries of one request before it fails."
+    max_errors: Annotated[int, Field(ge=0)] = Field(
+        default=3, description="Errors after which a request is tried again, at most."
+    )
+    retry_delay_ms: PositiveInt = Field(
+        default=500,
+        description="How long a request waits after an error, in milliseconds; doubled each time.",
+    )
+    max_retry_delay_ms: PositiveInt = Field(
+        default=30_000, description="The longest such wait, in milliseconds."
     )
 
 
-class WorkerSettings(CommonSettings):
+class WorkerSettings(FleetSettings):
     """A worker group: its model, its ranks, and the limits of its engine."""
 
     model: str = Field(
@@ -170,11 +191,10 @@ class WorkerSettings(CommonSettings):
         json_schema_extra={"metavar": "SIZE"},
     )
     heartbeat_ms: Annotated[int, Field(ge=10)] = Field(
-        default=500, description="Time between two heartbeats, in milliseconds."
-    )
-    group_timeout_ms: Annotated[int, Field(ge=100)] = Field(
-        default=5000,
-        description="A group without a heartbeat for this long is dead, and its requests move on.",
+        default=2000,
+        validate_default=True,
+        description="Time between two heartbeats, in milliseconds; one that fails is tried again "
+        "at once.",
     )
     flush_ms: Annotated[int, Field(ge=1)] = Field(
         default=20, description="Time between two writes of new tokens to Redis, in milliseconds."
@@ -190,19 +210,21 @@ class WorkerSettings(CommonSettings):
         default=600.0, description="How long the ranks may take to load the model."
     )
     step_timeout_s: PositiveSeconds = Field(
-        default=120.0, description="An engine step that takes longer than this has hung."
+        default=10.0,
+        description="An engine step in which not even a layer is done for this long has hung, and "
+        "the ranks are started again.",
     )
 
-    @field_validator("group_timeout_ms")
+    @field_validator("heartbeat_ms")
     @classmethod
-    def _check_group_timeout(cls, timeout_ms: int, info: ValidationInfo) -> int:
-        heartbeat_ms = info.data.get("heartbeat_ms")
-        if heartbeat_ms is not None and timeout_ms < 2 * heartbeat_ms:
+    def _check_heartbeat(cls, heartbeat_ms: int, info: ValidationInfo) -> int:
+        timeout_ms = info.data.get("group_timeout_ms")
+        if timeout_ms is not None and 3 * heartbeat_ms > 2 * timeout_ms:
             raise ValueError(
-                f"a group that beats every {heartbeat_ms} ms needs at least {2 * heartbeat_ms}, or "
-                "it would be taken for dead"
+                f"a group that is dead after {timeout_ms} ms must beat every {2 * timeout_ms // 3} "
+                "or more often: there must be time to try again a beat that failed"
             )
-        return timeout_ms
+        return heartbeat_ms
 
     @property
     def model_path(self) -> Path | None:
@@ -244,6 +266,7 @@ class LocalSettings(QueueSettings):
 ALL_SETTINGS: tuple[type[CommonSettings], ...] = (
     CommonSettings,
     QueueSettings,
+    FleetSettings,
     SchedulerSettings,
     WorkerSettings,
     LocalSettings,

@@ -8,7 +8,7 @@ ForebayError
 ├── RequestCancelled      ended by `cancel`
 ├── RequestExpired        ended by its deadline
 ├── ProducerClosed        the producer was closed while somebody waited on it
-├── ResultGone            finished, but its result was not read within its time to live
+├── ResultGone            its result was not read within its time to live, or the server lost it
 ├── ServerUnreachable     the Redis server cannot be reached, or refuses us
 ├── WireError             bytes from another process that break the protocol
 ├── FileError             an input or output file cannot be opened, read or written
@@ -85,7 +85,9 @@ class RequestExpired(ForebayError):
 
 
 class ResultGone(ForebayError):
-    """The request is unknown: never submitted, or its result outlived its time to live."""
+    """The request is unknown: never submitted, its result outlived its time to live, or the server
+    has lost it.
+    """
 
     code: ClassVar[str] = "result_gone"
 

@@ -13,22 +13,38 @@ cleans up after a fleet that was abandoned.
 | `intake:<priority>`       | stream | what is queued: `request_id`             | live            |
 | `results:<name>`          | stream | what has ended: `request_id`, `state`    | `result_ttl`    |
 | `bell:<producer>`         | stream | wakes a producer's blocked read          | 1 hour          |
-| `groups`                  | set    | `group:epoch` of groups not yet buried   | live            |
-| `group:<g>:<e>:status`    | string | the group's heartbeat (GroupStatus)      | group timeout   |
+| `durable`                 | string | written before waiting for the disk      | 1 minute        |
+| `delayed`                 | zset   | ids that wait for another attempt, by    | live            |
+|                           |        | when they are due                        |                 |
+| `dead_letters`            | zset   | ids of dead letters, by when they died;  | live            |
+|                           |        | 10,000 at most, the oldest go            |                 |
+| `dead:<id>`               | hash   | a dead letter: what it takes to look     | live            |
+|                           |        | into it and to submit it once more       |                 |
+| `groups`                  | zset   | `group:epoch`, by when its lease ends;   | live            |
+|                           |        | 0: dead, its requests are being moved    |                 |
+| `group:<g>:<e>:status`    | string | the group's last heartbeat (GroupStatus) | live            |
 | `group:<g>:<e>:inbox`     | stream | a batch: `batch_id`, and for each        | live            |
 |                           |        | request `assignment:<fence>:<id>`;       |                 |
 |                           |        | or `cancel`: a request's id              |                 |
 | `group:<g>:<e>:owned`     | set    | ids of the requests that the group holds | live            |
-| `epoch:<g>`               | string | how often the group has started          | live            |
+| `group:<g>:<e>:held`      | string | how many it held when it died            | live            |
+| `group:<g>:<e>:exclusive` | string | `running`: what the group holds is to be | live            |
+|                           |        | alone; `wanted`: it is to become empty   | 3 s             |
+| `epoch:<g>`               | string | the group's last epoch                   | live            |
 | `model:<name>`            | string | ModelCard                                | live            |
 | `salt`                    | string | secret behind the tenants' cache salts   | live            |
 | `scheduler:<id>`          | string | a scheduler's heartbeat                  | 3 s             |
 
 The record's fields: `state`, `request` (the message, until it ends), `priority`, `stream` (0|1),
-`reply_to` (name of its results stream), `result_ttl_ms`, `fence`, `attempts`, `submitted_ms`,
+`reply_to` (name of its results stream), `result_ttl_ms`, `fence`, `num_crashes` and `num_errors`
+(of attempts), `num_neighbours` (what else its group held when it last died), `submitted_ms`,
 `deadline_ms`, `num_journaled` (tokens in the journal), `entry` (its intake entry), `owner`
-(`group:epoch`), `cancelled` (the result to store if its group ends before it does), `result`,
-`finished_ms`.
+(`group:epoch`), `cancelled` (the result to store if its group ends before it does), `error` (the
+result to store if it is not to be tried again), `result`, `finished_ms`.
+
+A dead letter's fields: `reason`, `result`, `died_ms`, and of the record `request`,
+`priority`, `stream`, `reply_to`, `result_ttl_ms`, `num_crashes`, `num_errors`, `num_journaled`,
+`submitted_ms`, `deadline_ms`.
 """
 
 from __future__ import annotations
@@ -47,6 +63,7 @@ CONSUMERS = "consumers"
 
 LIVE_TTL_MS = 7 * 24 * 3600 * 1000
 BELL_TTL_MS = 3600 * 1000
+DURABLE_TTL_MS = 60 * 1000
 SCHEDULER_TTL_MS = 3000
 
 MAX_NAME_CHARS = 200
@@ -60,7 +77,10 @@ class Keys:
         check_name("namespace", namespace)
         self.prefix = f"{{{namespace}:{partition}}}"
         self.groups = f"{self.prefix}:groups"
+        self.delayed = f"{self.prefix}:delayed"
+        self.dead_letters = f"{self.prefix}:dead_letters"
         self.salt = f"{self.prefix}:salt"
+        self.durable = f"{self.prefix}:durable"
         self.intakes: dict[Priority, str] = {
             priority: f"{self.prefix}:intake:{priority}" for priority in PRIORITIES
         }
@@ -77,12 +97,16 @@ class Keys:
         """Stream: which requests have ended."""
         return f"{self.prefix}:results:{name}"
 
+    def dead_letter(self, request_id: RequestId) -> str:
+        """Hash: a request that failed for good, kept to be looked into."""
+        return f"{self.prefix}:dead:{request_id}"
+
     def bell(self, producer_id: str) -> str:
         """Stream: an entry here wakes the producer's blocked read."""
         return f"{self.prefix}:bell:{producer_id}"
 
     def status(self, group_id: GroupId, epoch: int) -> str:
-        """String: exists while the group is alive."""
+        """String: the group's last heartbeat."""
         return f"{self.prefix}:group:{group_id}:{epoch}:status"
 
     def inbox(self, group_id: GroupId, epoch: int) -> str:

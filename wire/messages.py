@@ -17,7 +17,11 @@ PRIORITIES: tuple[Priority, ...] = ("interactive", "standard", "batch")
 
 FinishReason: TypeAlias = Literal["stop", "length"]
 TerminalState: TypeAlias = Literal["done", "failed", "cancelled", "expired"]
-RequestState: TypeAlias = Literal["queued", "assigned", "done", "failed", "cancelled", "expired"]
+RequestState: TypeAlias = Literal[
+    "queued", "delayed", "assigned", "done", "failed", "cancelled", "expired"
+]
+CommitState: TypeAlias = TerminalState | Literal["retry"]
+"""What a group says of a request that it holds no more; "retry": another attempt may do better."""
 
 DEFAULT_TENANT = "default"
 
@@ -112,13 +116,15 @@ class Assignment:
 class Chunk:
     """Tokens of one request, in order: `offset` is the index of the first one in the output.
 
-    Together with the request's fencing token this lets a reader drop what it already has.
+    `text_offset` is how many characters of text came with the tokens before. The two let a reader
+    drop what it already has.
     """
 
     fence: int
     offset: int
     token_ids: TokenIds
     text: str
+    text_offset: int
     logprobs: tuple[TokenLogprob, ...] | None = None
 
 

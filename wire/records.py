@@ -13,7 +13,7 @@ from wire.messages import Chunk, ErrorInfo, Result, TerminalState, TokenLogprob
 
 TERMINAL_STATES: frozenset[str] = frozenset({"done", "failed", "cancelled", "expired"})
 
-RESULT_FIELDS = ("state", "result", "submitted_ms", "finished_ms")
+RESULT_FIELDS = ("state", "result", "submitted_ms", "finished_ms", "num_journaled")
 """What `result_from_record` wants, for HMGET."""
 
 
@@ -22,7 +22,7 @@ def result_from_record(request_id: RequestId, fields: Sequence[bytes | None]) ->
 
     Id and times are the record's: scripts store results whose makers did not know them.
     """
-    state, data, submitted_ms, finished_ms = fields
+    state, data, submitted_ms, finished_ms, _ = fields
     if state is None or state.decode() not in TERMINAL_STATES:
         return None
     return replace(

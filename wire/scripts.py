@@ -16,9 +16,12 @@ from redis.asyncio import Redis
 
 from wire.ids import BatchId, GroupId, RequestId
 from wire.keys import Keys
-from wire.messages import Priority, RequestState, TerminalState
+from wire.messages import CommitState, Priority, RequestState, TerminalState
 
 SubmitOutcome = Literal["new", "known", "full"]
+ReplayOutcome = Literal["new", "known", "gone", "full"]
+ReclaimReason = Literal["leaving", "crashed", "lapsed"]
+"""An orderly leave; a crash that the group itself reports; a lease that was not renewed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +49,14 @@ class Queued:
 class Progress:
     """What a group did for one request: an encoded Chunk, and if it ended, an encoded Result.
 
-    `offset` and `num_tokens` are the chunk's.
+    `offset` and `num_tokens` are the chunk's. With the state "retry" the result is what is stored
+    should there be no other attempt.
     """
 
     request_id: RequestId
     fence: int
     chunk: bytes = b""
-    state: TerminalState | None = None
+    state: CommitState | None = None
     result: bytes = b""
     offset: int = 0
     num_tokens: int = 0
@@ -60,12 +64,36 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class FleetEntry:
-    """A group as Redis knows it; `status` (an encoded GroupStatus) is None once it is dead."""
+    """A group as Redis knows it; `status` is an encoded GroupStatus, None if it is lost.
+
+    Its lease ends at `lease_until_ms` of the server's clock. `exclusive`: what it holds, or is to
+    hold next, it must have for itself.
+    """
 
     group_id: GroupId
     epoch: int
+    lease_until_ms: int
     status: bytes | None
     num_owned: int
+    exclusive: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a request ends in the queue; `dead` is the reason for which it is dead-lettered."""
+
+    queued: Queued
+    state: TerminalState
+    result: bytes
+    dead: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Reconciled:
+    """How many requests the group did not know of, and the journals' lengths of those it holds."""
+
+    num_released: int
+    num_journaled: dict[RequestId, int]
 
 
 class Scripts:
@@ -111,14 +139,19 @@ class Scripts:
         *,
         credits: int,
         batch_id: BatchId,
-        batch: Sequence[tuple[Queued, bytes]],
+        batch: Sequence[tuple[Queued, int, bytes]],
+        exclusive: bool = False,
     ) -> list[RequestId] | Literal["gone", "full"]:
-        """The ids that were assigned, each under its fence + 1; or why the group took nothing."""
-        args: list[str | bytes | int] = [group_id, epoch, credits, batch_id]
-        for queued, assignment in batch:
+        """The ids that were assigned, each under its new fence; or why the group took nothing.
+
+        `batch` has each request's new fence and its encoded Assignment.
+        """
+        args: list[str | bytes | int] = [group_id, epoch, credits, batch_id, int(exclusive)]
+        for queued, new_fence, assignment in batch:
             args += [
                 queued.request_id,
                 queued.fence,
+                new_fence,
                 queued.priority,
                 queued.entry_id,
                 assignment,
@@ -128,13 +161,28 @@ class Scripts:
             return cast('Literal["gone", "full"]', reply.decode())
         return [RequestId(request_id.decode()) for request_id in reply]
 
-    async def reject(self, endings: Sequence[tuple[Queued, TerminalState, bytes]]) -> int:
-        """End requests in the queue with an encoded Result each. Returns how many were ended."""
+    async def reject(self, endings: Sequence[Ending]) -> int:
+        """End requests in the queue. Returns how many were ended."""
         args: list[str | bytes | int] = []
-        for queued, state, result in endings:
+        for ending in endings:
+            queued = ending.queued
             args += [queued.request_id, queued.fence, queued.priority, queued.entry_id]
-            args += [state, result]
+            args += [ending.state, ending.result, ending.dead]
         return int(await self._run("reject", *args))
+
+    async def retry(
+        self, *, max_errors: int, delay_ms: int, max_delay_ms: int, limit: int
+    ) -> tuple[int, int]:
+        """How many requests were queued again after an error, and how many failed for good."""
+        num_queued, num_failed = await self._run("retry", max_errors, delay_ms, max_delay_ms, limit)
+        return int(num_queued), int(num_failed)
+
+    async def replay(
+        self, request_id: RequestId, new_id: RequestId, message: bytes, *, max_queued: int
+    ) -> ReplayOutcome:
+        """What became of a dead letter: only a "new" request takes its place."""
+        outcome = await self._run("replay", request_id, new_id, message, max_queued)
+        return cast("ReplayOutcome", outcome.decode())
 
     async def commit(
         self, group_id: GroupId, epoch: int, progress: Sequence[Progress]
@@ -166,13 +214,22 @@ class Scripts:
         return int(reply) or None
 
     async def fleet(self) -> tuple[int, list[FleetEntry]]:
-        """The server's time in ms, and every group that is alive or not yet buried."""
+        """The server's time in ms, and every group that was not declared dead."""
         reply = await self._run("fleet")
         entries = []
-        for member, status, num_owned in zip(reply[1::3], reply[2::3], reply[3::3], strict=True):
+        for member, lease_ms, status, num_owned, exclusive in zip(
+            *(reply[first::5] for first in range(1, 6)), strict=True
+        ):
             group_id, _, epoch = member.decode().rpartition(":")
             entries.append(
-                FleetEntry(GroupId(group_id), int(epoch), status or None, int(num_owned))
+                FleetEntry(
+                    GroupId(group_id),
+                    int(epoch),
+                    int(lease_ms),
+                    status or None,
+                    int(num_owned),
+                    bool(exclusive),
+                )
             )
         return int(reply[0]), entries
 
@@ -180,20 +237,30 @@ class Scripts:
         """Whether the consumer is out of its group: it stays while entries are pending for it."""
         return bool(await self._run("drop_consumer", stream, group, consumer))
 
+    async def reconcile(
+        self, group_id: GroupId, epoch: int, position: bytes, known: Sequence[RequestId]
+    ) -> Reconciled | None:
+        """What group and queue agree on now; None if there is mail for it behind `position`."""
+        reply = await self._run("reconcile", group_id, epoch, position, *known)
+        if reply[0] < 0:
+            return None
+        journaled = zip(reply[1::2], reply[2::2], strict=True)
+        return Reconciled(
+            int(reply[0]), {RequestId(name.decode()): int(count) for name, count in journaled}
+        )
+
     async def reclaim(
         self,
         group_id: GroupId,
         epoch: int,
         *,
-        leaving: bool,
-        max_attempts: int,
+        how: ReclaimReason,
+        max_crashes: int,
         limit: int,
         result: bytes,
     ) -> tuple[int, int] | None:
         """How many requests were taken back and how many of them failed; None if it is alive."""
-        taken, failed = await self._run(
-            "reclaim", group_id, epoch, int(leaving), max_attempts, limit, result
-        )
+        taken, failed = await self._run("reclaim", group_id, epoch, how, max_crashes, limit, result)
         return None if taken < 0 else (int(taken), int(failed))
 
 

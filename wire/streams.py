@@ -55,12 +55,14 @@ async def read_group(
 async def ensure_group(client: Redis, key: str, group: str, *, ttl_ms: int) -> None:
     """Have a consumer group that reads the stream from its beginning, and the stream itself."""
     try:
-        await client.xgroup_create(key, group, id="0", mkstream=True)
+        # Together: a caller that dies in between would leave a stream that lives for ever.
+        async with client.pipeline(transaction=True) as pipe:
+            pipe.xgroup_create(key, group, id="0", mkstream=True)
+            pipe.pexpire(key, ttl_ms, nx=True)
+            await pipe.execute()
     except ResponseError as error:
         if "BUSYGROUP" not in str(error):
             raise
-    else:
-        await client.pexpire(key, ttl_ms)
 
 
 async def claim(
@@ -100,7 +102,15 @@ async def consumers(client: Redis, key: str, group: str) -> dict[str, int]:
 
 async def entries(client: Redis, key: str) -> list[Entry]:
     """All entries of a stream."""
-    return _entries(await client.xrange(key))
+    return (await entries_of_all(client, [key]))[0]
+
+
+async def entries_of_all(client: Redis, keys: Sequence[str]) -> list[list[Entry]]:
+    """All entries of each stream, in one round trip."""
+    async with client.pipeline(transaction=False) as pipe:
+        for key in keys:
+            pipe.xrange(key)
+        return [_entries(page) for page in await pipe.execute()]
 
 
 async def ack_and_delete(client: Redis, key: str, group: str, *entry_ids: bytes) -> None:

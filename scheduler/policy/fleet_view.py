@@ -10,10 +10,16 @@ from wire.messages import GroupStatus
 
 @dataclass(slots=True)
 class GroupView:
-    """One live group. `num_owned` counts the requests that it holds, running and waiting."""
+    """One live group. `num_owned` counts the requests that it holds, running and waiting.
+
+    One that is `late` has missed a heartbeat; one that is `exclusive` has what it holds, or is to
+    hold next, for itself. Neither is sent anything else.
+    """
 
     status: GroupStatus
     num_owned: int
+    late: bool = False
+    exclusive: bool = False
 
     @property
     def group_id(self) -> GroupId:
@@ -28,7 +34,7 @@ class GroupView:
     @property
     def room(self) -> int:
         """How many requests it can be sent now."""
-        if self.status.state != "healthy":
+        if self.status.state != "healthy" or self.late or self.exclusive:
             return 0
         return max(0, self.status.credits - self.num_owned)
 

@@ -31,7 +31,8 @@ class ReadyRequest:
 
     `journaled` is what an earlier attempt left; its tokens are prefilled like the prompt.
     `block_hashes` names the prompt's full blocks. `submitted_s` and `ready_s` (since when it could
-    be sent) are on the scheduler's clock, `deadline_ms` is on the server's.
+    be sent) are on the scheduler's clock, `deadline_ms` is on the server's. `num_crashes` counts
+    the groups that died while they held it, `num_neighbours` what else the last of them held.
     """
 
     queued: Queued
@@ -43,6 +44,8 @@ class ReadyRequest:
     submitted_s: float
     ready_s: float
     deadline_ms: int | None = None
+    num_crashes: int = 0
+    num_neighbours: int = 0
 
     @property
     def request_id(self) -> RequestId:

@@ -33,11 +33,12 @@ class BatchLimits:
 
 @dataclass(slots=True)
 class PlannedBatch:
-    """Requests that go to one group together."""
+    """Requests that go to one group together; `exclusive`: with nothing else beside them."""
 
     group: GroupView
     requests: list[ReadyRequest] = field(default_factory=list)
     num_tokens: int = 0
+    exclusive: bool = False
 
     def takes(self, request: ReadyRequest, limits: BatchLimits) -> bool:
         """Whether the request fits; the first one always does, however long it is."""

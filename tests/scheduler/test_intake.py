@@ -63,7 +63,7 @@ def ids(arrivals: list[Arrival]) -> list[str]:
 
 
 async def taken_over(intake: Intake) -> list[Arrival]:
-    return [arrival async for arrivals in intake.take_over() for arrival in arrivals]
+    return [arrival async for arrivals in intake.take_over(ROOM) for arrival in arrivals]
 
 
 async def test_all_classes_are_read_each_within_its_room(
@@ -130,7 +130,7 @@ async def test_a_take_over_that_another_scheduler_won_brings_nothing(
     key = queue.keys.intakes["standard"]
     assert ids(await taken_over(rival)) == ["a"]
     # As if it had looked at the consumers before the rival claimed.
-    assert await intake._claim_from(dead._id, "standard", key) == []
+    assert await intake._claim_from(dead._id, "standard", key, 9) == []
 
 
 async def test_what_was_delivered_in_a_lost_reply_is_read_again(
@@ -148,23 +148,39 @@ async def test_what_was_delivered_in_a_lost_reply_is_read_again(
     assert await intake.read_again() == []
 
 
-async def test_an_error_between_two_records_loses_neither(
-    queue: QueueDriver, blocking: Redis
+async def test_an_error_between_records_and_journals_loses_neither(
+    queue: QueueDriver, intake: Intake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second request has a journal to read, and that reply is lost."""
-    lossy: Any = Lossy(queue.client)
-    intake = Intake(lossy, blocking, queue.keys)
+    """One request has a journal to read, and that reply is lost."""
     await intake.open()
     await queue.join()
     await queue.submit("b")
     await queue.assign("b")
     await queue.submit("a")
-    await queue.kill("g", 1)
+    await queue.kill()
     await queue.reclaim()
-    lossy.lose = "xrange"
-    with pytest.raises(RedisConnectionError):
-        await intake.read(ROOM)
+
+    async def lost(*_: Any) -> None:
+        raise RedisConnectionError("the reply was lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("scheduler.intake.entries_of_all", lost)
+        with pytest.raises(RedisConnectionError):
+            await intake.read(ROOM)
     assert ids(await intake.read_again()) == ["a", "b"]
+
+
+async def test_an_entry_that_its_request_has_no_more_is_dropped(
+    queue: QueueDriver, intake: Intake
+) -> None:
+    """The server lost the request, and it was submitted anew."""
+    await intake.open()
+    await queue.submit("a")
+    await queue.client.delete(queue.keys.request(RequestId("a")))
+    await queue.submit("a")
+    [arrival] = await intake.read(ROOM)
+    assert arrival.queued == await queue.queued("a")
+    assert await queue.queue() == ["a"]
 
 
 async def test_an_entry_whose_request_needs_it_no_more_is_dropped(
@@ -215,7 +231,7 @@ async def test_a_reclaimed_request_comes_with_what_was_journaled(
     await queue.assign("a")
     await queue.commit(tokens("a", 1, 0, 5, 6))
     await queue.commit(tokens("a", 1, 2, 7))
-    await queue.kill("g", 1)
+    await queue.kill()
     await queue.reclaim()
     [arrival] = await intake.read(ROOM)
     assert list(arrival.journaled.token_ids) == [5, 6, 7]
@@ -233,7 +249,7 @@ async def test_a_damaged_journal_is_the_failure_of_its_request_alone(
     await queue.commit(tokens("a", 1, 0, 5))
     journal = queue.keys.journal(RequestId("a"))
     await queue.client.xadd(journal, {"chunk": b"garbage"})
-    await queue.kill("g", 1)
+    await queue.kill()
     await queue.reclaim()
     arrivals = {arrival.queued.request_id: arrival for arrival in await intake.read(ROOM)}
     assert isinstance(arrivals[RequestId("a")].request, WireError)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scheduler.policy.bisecting import is_suspect, plan_suspects
 from scheduler.policy.fleet_view import FleetView
 from scheduler.policy.pending import PendingRequests, ReadyRequest
 from scheduler.policy.planning import BatchLimits, PlannedBatch, Planner
@@ -198,3 +200,73 @@ def test_affinity_is_bounded_and_forgets_the_ends_of_old_chains_first() -> None:
     assert affinity.num_cached_blocks("g", chain("x", "xy")) == 2
     affinity.note("g", chain(*(str(i) for i in range(10))))
     assert affinity.num_cached_blocks("g", chain(*(str(i) for i in range(10)))) == 4
+
+
+# Suspects
+
+
+def suspects(*requests: ReadyRequest) -> PendingRequests:
+    pending = PendingRequests()
+    pending.give_back(requests)
+    return pending
+
+
+def crashed(count: int, *, num_neighbours: int, num_crashes: int = 2) -> list[ReadyRequest]:
+    return [
+        replace(ready(), num_crashes=num_crashes, num_neighbours=num_neighbours)
+        for _ in range(count)
+    ]
+
+
+def test_one_crash_makes_no_suspect() -> None:
+    [once], [twice] = crashed(1, num_neighbours=3, num_crashes=1), crashed(1, num_neighbours=3)
+    assert not is_suspect(once)
+    assert is_suspect(twice)
+
+
+def test_suspects_go_alone_and_half_as_many_at_a_time() -> None:
+    waiting = suspects(*crashed(8, num_neighbours=7))
+    batch = plan_suspects(waiting, fleet(group(num_owned=3), group("idle")), LIMITS)
+    assert batch is not None
+    assert batch.exclusive
+    assert (batch.group.group_id, len(batch.requests), len(waiting)) == ("idle", 4, 4)
+
+
+def test_the_smallest_half_counts_where_suspects_of_several_crashes_meet() -> None:
+    waiting = suspects(*crashed(2, num_neighbours=7), *crashed(4, num_neighbours=1))
+    batch = plan_suspects(waiting, fleet(group()), LIMITS)
+    assert batch is not None
+    assert len(batch.requests) == 2
+    waiting = suspects(*crashed(4, num_neighbours=1), *crashed(2, num_neighbours=7))
+    batch = plan_suspects(waiting, fleet(group()), LIMITS)
+    assert batch is not None
+    assert len(batch.requests) == 1
+
+
+def test_a_group_is_emptied_for_suspects_when_none_is_idle() -> None:
+    busy, less_busy = group("busy", num_owned=5), group("less", num_owned=2)
+    batch = plan_suspects(suspects(*crashed(2, num_neighbours=3)), fleet(busy, less_busy), LIMITS)
+    assert batch is not None
+    assert batch.group is less_busy
+    less_busy.exclusive = True
+    assert less_busy.room == 0
+    again = plan_suspects(suspects(*crashed(2, num_neighbours=3)), fleet(busy, less_busy), LIMITS)
+    assert again is None, "it is being emptied already"
+    view = fleet(busy, less_busy)
+    again = plan_suspects(suspects(*crashed(2, num_neighbours=3)), view, LIMITS, ask_again=True)
+    assert again is not None, "now and then it is asked again, or others would fill it"
+
+
+def test_suspects_wait_for_a_group_that_can_be_trusted_to_answer() -> None:
+    late = group()
+    late.late = True
+    waiting = suspects(*crashed(2, num_neighbours=3))
+    assert plan_suspects(waiting, fleet(late, group("leaving", draining=True)), LIMITS) is None
+    assert len(waiting) == 2
+
+
+def test_a_group_that_missed_a_heartbeat_gets_nothing_new() -> None:
+    late = group("late")
+    late.late = True
+    batches, _ = planned(prompts(4), fleet(late, group("well", num_owned=4)))
+    assert [batch.group.group_id for batch in batches] == ["well"]

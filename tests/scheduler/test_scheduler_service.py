@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
+from functools import partial
+from itertools import count
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from scheduler.intake import Intake
 from scheduler.salts import TenantSalts
 from scheduler.service import SchedulerService, open_scheduler
 from service.settings import SchedulerSettings
-from support.queue_driver import NAMESPACE, QueueDriver, open_queue, tokens
+from support.queue_driver import LONG_MS, NAMESPACE, QueueDriver, end, open_queue, tokens
 from wire.client import connect
 from wire.codec import decode, encode
 from wire.ids import GroupId
@@ -64,11 +66,15 @@ async def all_in(queue: QueueDriver, state: str, *ids: str) -> None:
     await eventually(there)
 
 
-async def join(queue: QueueDriver, group: str = "g", model: str = "m") -> int:
-    return await queue.join(group, model=model, card=stub_model_card(name=model))
+async def join(
+    queue: QueueDriver, group: str = "g", model: str = "m", *, timeout_ms: int = LONG_MS
+) -> int:
+    card = stub_model_card(name=model)
+    return await queue.join(group, model=model, card=card, timeout_ms=timeout_ms)
 
 
-async def assignments(queue: QueueDriver, group: str = "g", epoch: int = 1) -> list[Assignment]:
+async def assignments(queue: QueueDriver, group: str = "g") -> list[Assignment]:
+    epoch = await queue.epoch(group)
     inbox = await entries(queue.client, queue.keys.inbox(GroupId(group), epoch))
     return [
         decode(Assignment, value)
@@ -95,7 +101,8 @@ async def test_what_was_queued_before_any_group_goes_to_the_first(
         await join(queue)
         await all_in(queue, "assigned", "a", "b")
     sent = {item.request_id: item for item in await assignments(queue)}
-    assert {item.fence for item in sent.values()} == {1}
+    fences = {request_id: await queue.fence(request_id) for request_id in sent}
+    assert {item.request_id: item.fence for item in sent.values()} == fences
     assert {len(item.prompt_token_ids) for item in sent.values()} == {2}
     deadlines = [item.deadline_ms for item in sent.values()]
     assert None in deadlines
@@ -141,16 +148,24 @@ async def test_a_model_that_has_left_does_not_count_as_served(
     async with scheduling(redis_url):
         await queue.submit("a")
         await all_in(queue, "assigned", "a")
-        await queue.kill("g", 1)
+        await queue.reclaim("g", how="crashed")
         await join(queue, "h", "n")
-        await all_in(queue, "queued", "a")
-        await eventually(lambda: gone(queue, "g"))
-        # Once this one is sent, the scheduler has seen that the one came and the other went.
-        await queue.submit("named", model="n")
-        await all_in(queue, "assigned", "named")
+        # Once such a one is sent, the scheduler has seen that the one came and the other went.
+        await eventually(partial(one_for_n_is_sent, queue, count()))
         await queue.submit("b")
         await all_in(queue, "assigned", "b")
     assert "b" in [item.request_id for item in await assignments(queue, "h")]
+
+
+async def one_for_n_is_sent(queue: QueueDriver, numbers: Iterator[int]) -> bool:
+    request_id = f"named-{next(numbers)}"
+    await queue.submit(request_id, model="n")
+    await eventually(partial(not_in, queue, "queued", request_id))
+    return await queue.state(request_id) == "assigned"
+
+
+async def not_in(queue: QueueDriver, state: str, request_id: str) -> bool:
+    return await queue.state(request_id) != state
 
 
 async def gone(queue: QueueDriver, group: str) -> bool:
@@ -167,6 +182,7 @@ async def test_what_cannot_be_decoded_fails_with_the_reason(
         await queue.submit("a", message=message)
         assert (await error_of(queue, "a")).code == code
     assert await queue.queue() == []
+    assert (await queue.dead_letter("a"))["request"] == message
 
 
 async def test_a_deadline_ends_what_nobody_can_take(queue: QueueDriver, redis_url: str) -> None:
@@ -214,19 +230,84 @@ async def test_a_dead_groups_work_goes_on_elsewhere_until_it_has_killed_too_many
     queue: QueueDriver, redis_url: str
 ) -> None:
     await queue.submit("a", stream=True)
-    async with scheduling(redis_url, max_attempts=2):
-        await join(queue, "g")
+    async with scheduling(redis_url, max_crashes=2, group_timeout_ms=1500):
+        await join(queue, "g", timeout_ms=1500)
         await all_in(queue, "assigned", "a")
-        await queue.commit(tokens("a", 1, 0, 5, 6))
-        await queue.kill("g", 1)
-        await join(queue, "h")
-        await eventually(lambda: owned_by(queue, "a", b"h:1"))
+        first_fence = await queue.fence("a")
+        await queue.commit(tokens("a", first_fence, 0, 5, 6))
+        await eventually(lambda: gone(queue, "g"))
+        epoch = await join(queue, "h", timeout_ms=1500)
+        await eventually(lambda: owned_by(queue, "a", f"h:{epoch}".encode()))
         [again] = await assignments(queue, "h")
-        assert (again.fence, list(again.generated), again.generated_text) == (3, [5, 6], "xx")
-        await queue.kill("h", 1)
+        assert again.fence > first_fence + 1
+        assert (list(again.generated), again.generated_text) == ([5, 6], "xx")
         error = await error_of(queue, "a")
     assert error.code == "worker_lost"
     assert "died 2 times" in error.message
+
+
+async def test_every_attempt_draws_with_the_same_seed(queue: QueueDriver, redis_url: str) -> None:
+    """Also where nobody asked for one: what follows must fit what is already out."""
+    await queue.submit("a", "b")
+    seeds = set()
+    async with scheduling(redis_url):
+        for group in "gh":
+            await join(queue, group)
+            await all_in(queue, "assigned", "a", "b")
+            seeds |= {(item.request_id, item.sampling.seed) for item in await assignments(queue)}
+            await queue.reclaim(group, how="leaving")
+    assert len(seeds) == 2
+    assert len({seed for _, seed in seeds}) == 2
+
+
+async def test_a_poisonous_request_is_found_by_bisecting(
+    queue: QueueDriver, redis_url: str
+) -> None:
+    """One of eight kills whatever group it is on; it dies alone, and all others are answered."""
+    ids = list("abcdefgh")
+    await queue.submit(*ids)
+    ended: list[str] = []
+    sizes: list[int] = []
+    async with scheduling(redis_url):
+        await join(queue)
+        while len(ended) < 8:
+            await eventually(lambda: holds_something(queue))
+            held = await held_by(queue, ids)
+            sizes.append(len(held))
+            if "f" in held:
+                failed = await queue.reclaim(how="crashed")
+                ended += ["f"] * (failed or (0, 0))[1]
+                await join(queue)
+            else:
+                fences = {request_id: await queue.fence(request_id) for request_id in held}
+                await queue.commit(*(end(request_id, fences[request_id]) for request_id in held))
+                ended += held
+    assert sorted(await queue.ended()) == [(i, "failed" if i == "f" else "done") for i in ids]
+    assert (await queue.dead_letter("f"))["reason"] == b"worker_lost"
+    assert sizes[:2] == [8, 8]
+    assert max(sizes[2:]) <= 4, "halved from the second crash on"
+    assert int((await queue.dead_letter("f"))["num_crashes"]) == 5
+
+
+async def holds_something(queue: QueueDriver) -> bool:
+    return any(entry.num_owned for entry in (await queue.scripts.fleet())[1])
+
+
+async def held_by(queue: QueueDriver, ids: list[str]) -> list[str]:
+    return [request_id for request_id in ids if await queue.state(request_id) == "assigned"]
+
+
+async def test_after_an_error_the_scheduler_sends_a_request_again(
+    queue: QueueDriver, redis_url: str
+) -> None:
+    await queue.submit("a")
+    async with scheduling(redis_url, max_errors=1, retry_delay_ms=1):
+        await join(queue)
+        for _ in range(2):
+            await all_in(queue, "assigned", "a")
+            await queue.commit(end("a", await queue.fence("a"), "retry"))
+        await all_in(queue, "failed", "a")
+    assert (await queue.dead_letter("a"))["reason"] == b"retries_exhausted"
 
 
 async def owned_by(queue: QueueDriver, request_id: str, owner: bytes) -> bool:
@@ -306,7 +387,7 @@ async def test_a_card_whose_reply_is_lost_is_asked_for_again(
         SchedulerSettings(redis_url=redis_url, namespace=NAMESPACE),
         queue.scripts,
         intake=Intake(queue.client, blocking, queue.keys),
-        fleet=Fleet(queue.scripts, max_attempts=3),
+        fleet=Fleet(queue.scripts, max_crashes=3, grace_s=1.0),
         catalog=catalog,
         salts=TenantSalts(bytes(32)),
     )

@@ -94,6 +94,7 @@ def rank_options(
     max_num_batched_tokens: int = 32,
     prefix_caching: bool = True,
     stub_step_s: float = 0.0,
+    progress_interval_s: float = 1.0,
 ) -> RankOptions:
     return RankOptions(
         model_path=model_path,
@@ -106,6 +107,7 @@ def rank_options(
         max_num_batched_tokens=max_num_batched_tokens,
         num_threads=1,
         collective_timeout_s=60.0,
+        progress_interval_s=progress_interval_s,
         log_level="warning",
         log_format="auto",
         num_blocks=num_blocks,

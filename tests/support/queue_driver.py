@@ -15,6 +15,7 @@ from wire.keys import Keys
 from wire.messages import (
     Assignment,
     Chunk,
+    CommitState,
     GroupStatus,
     ModelCard,
     Priority,
@@ -22,11 +23,10 @@ from wire.messages import (
     Request,
     RequestState,
     Result,
-    TerminalState,
 )
 from wire.records import RESULT_FIELDS, ending, result_from_record
 from wire.sampling import SamplingParams
-from wire.scripts import Progress, Queued, Scripts, Submission, SubmitOutcome
+from wire.scripts import Progress, Queued, ReclaimReason, Scripts, Submission, SubmitOutcome
 from wire.streams import entries
 
 NAMESPACE = "test"
@@ -77,6 +77,11 @@ class QueueDriver:
         fields = cast("dict[bytes, bytes]", await self.client.hgetall(key))
         return {name.decode(): value for name, value in fields.items()}
 
+    async def dead_letter(self, request_id: str) -> dict[str, bytes]:
+        key = self.keys.dead_letter(RequestId(request_id))
+        fields = cast("dict[bytes, bytes]", await self.client.hgetall(key))
+        return {name.decode(): value for name, value in fields.items()}
+
     async def state(self, request_id: str) -> str | None:
         state = (await self.record(request_id)).get("state")
         return None if state is None else state.decode()
@@ -90,6 +95,10 @@ class QueueDriver:
         priority = cast("Priority", record["priority"].decode())
         entry = record.get("entry", b"0-1")
         return Queued(RequestId(request_id), int(record["fence"]), priority, entry)
+
+    async def epoch(self, group: str = "g") -> int:
+        """The group's last epoch."""
+        return int(await self.client.get(f"{self.keys.prefix}:epoch:{group}") or 0)
 
     async def join(
         self,
@@ -106,13 +115,14 @@ class QueueDriver:
 
     async def beat(
         self,
-        group: str,
-        epoch: int,
+        group: str = "g",
+        epoch: int | None = None,
         *,
         first: bool = False,
         timeout_ms: int = LONG_MS,
         model: str = "m",
     ) -> int | None:
+        epoch = await self.epoch(group) if epoch is None else epoch
         status = GroupStatus(GroupId(group), epoch, model, 1, 8, "healthy")
         return await self.scripts.heartbeat(
             status.group_id,
@@ -123,25 +133,51 @@ class QueueDriver:
             status=encode(status),
         )
 
-    async def kill(self, group: str, epoch: int) -> None:
-        """What the end of a group's heartbeat leaves behind."""
-        await self.client.delete(self.keys.status(GroupId(group), epoch))
+    async def kill(self, group: str = "g", epoch: int | None = None) -> None:
+        """Let a group's lease run out."""
+        epoch = await self.epoch(group) if epoch is None else epoch
+        await self.client.zadd(self.keys.groups, {f"{group}:{epoch}": 1}, xx=True)
 
     async def assign(
-        self, *requests: str | Queued, group: str = "g", epoch: int = 1, credits: int = 8
+        self,
+        *requests: str | Queued,
+        group: str = "g",
+        epoch: int | None = None,
+        credits: int = 8,
+        exclusive: bool = False,
     ) -> list[RequestId] | str:
+        """Assign under fences that are one higher; to the group's last epoch if none is given."""
         batch = []
         for request in requests:
             queued = await self.queued(request) if isinstance(request, str) else request
-            batch.append((queued, assignment(queued.request_id, queued.fence + 1)))
+            new_fence = queued.fence + 1
+            batch.append((queued, new_fence, assignment(queued.request_id, new_fence)))
         return await self.scripts.assign(
-            GroupId(group), epoch, credits=credits, batch_id=BatchId("b"), batch=batch
+            GroupId(group),
+            await self.epoch(group) if epoch is None else epoch,
+            credits=credits,
+            batch_id=BatchId("b"),
+            batch=batch,
+            exclusive=exclusive,
         )
 
     async def commit(
-        self, *progress: Progress, group: str = "g", epoch: int = 1
+        self, *progress: Progress, group: str = "g", epoch: int | None = None
     ) -> list[RequestId]:
+        epoch = await self.epoch(group) if epoch is None else epoch
         return await self.scripts.commit(GroupId(group), epoch, progress)
+
+    async def retry(
+        self,
+        *,
+        max_errors: int = 3,
+        delay_ms: int = 100,
+        max_delay_ms: int = 1000,
+        limit: int = 100,
+    ) -> tuple[int, int]:
+        return await self.scripts.retry(
+            max_errors=max_errors, delay_ms=delay_ms, max_delay_ms=max_delay_ms, limit=limit
+        )
 
     async def cancel(self, request_id: str) -> RequestState | str:
         return await self.scripts.cancel(RequestId(request_id), encode(ending("cancelled")))
@@ -149,17 +185,17 @@ class QueueDriver:
     async def reclaim(
         self,
         group: str = "g",
-        epoch: int = 1,
+        epoch: int | None = None,
         *,
-        leaving: bool = False,
-        max_attempts: int = 3,
+        how: ReclaimReason = "lapsed",
+        max_crashes: int = 3,
         limit: int = 100,
     ) -> tuple[int, int] | None:
         return await self.scripts.reclaim(
             GroupId(group),
-            epoch,
-            leaving=leaving,
-            max_attempts=max_attempts,
+            await self.epoch(group) if epoch is None else epoch,
+            how=how,
+            max_crashes=max_crashes,
             limit=limit,
             result=encode(ending("failed")),
         )
@@ -198,12 +234,13 @@ def assignment(request_id: RequestId, fence: int) -> bytes:
 
 
 def tokens(request_id: str, fence: int, offset: int, *new: int) -> Progress:
-    """Progress by some tokens."""
-    chunk = Chunk(fence, offset, token_ids(new), "x" * len(new))
+    """Progress by some tokens, each with one character of text."""
+    chunk = Chunk(fence, offset, token_ids(new), "x" * len(new), offset)
     return Progress(RequestId(request_id), fence, encode(chunk), offset=offset, num_tokens=len(new))
 
 
-def end(request_id: str, fence: int, state: TerminalState = "done") -> Progress:
-    """The end of a request."""
-    result = encode(Result(RequestId(request_id), state, text=f"by {fence}"))
+def end(request_id: str, fence: int, state: CommitState = "done") -> Progress:
+    """The end of a request, or of an attempt at it."""
+    ending_state = "failed" if state == "retry" else state
+    result = encode(Result(RequestId(request_id), ending_state, text=f"by {fence}"))
     return Progress(RequestId(request_id), fence, state=state, result=result)

@@ -33,8 +33,8 @@ from wire.sampling import SamplingParams
 
 MESSAGE_TYPES: list[type[Any]] = [Request, Assignment, Chunk, Result, ModelCard, GroupStatus]
 
-CHUNK = Chunk(fence=2, offset=16, token_ids=token_ids([7, 8]), text="xy")
-CHUNK_FIELDS = [WIRE_VERSION, 2, 16, b"\x07\0\0\0\x08\0\0\0", "xy", None]
+CHUNK = Chunk(fence=2, offset=16, token_ids=token_ids([7, 8]), text="xy", text_offset=30)
+CHUNK_FIELDS = [WIRE_VERSION, 2, 16, b"\x07\0\0\0\x08\0\0\0", "xy", 30, None]
 
 
 def pack(value: object) -> bytes:
@@ -57,7 +57,7 @@ def test_another_version_is_refused_before_the_fields_are_looked_at(version: obj
     "fields", [CHUNK_FIELDS[:-1], [*CHUNK_FIELDS, None], [WIRE_VERSION]], ids=len
 )
 def test_a_missing_or_an_extra_field_is_refused(fields: list[Any]) -> None:
-    with pytest.raises(WireError, match=f"Chunk has 5 fields, got {len(fields) - 1}"):
+    with pytest.raises(WireError, match=f"Chunk has 6 fields, got {len(fields) - 1}"):
         decode(Chunk, pack(fields))
 
 
@@ -73,10 +73,10 @@ def test_a_missing_or_an_extra_field_is_refused(fields: list[Any]) -> None:
         (3, "\0\0\0\0", "Chunk.token_ids must be packed uint32"),
         (3, [7], "Chunk.token_ids must be packed uint32"),
         (4, b"xy", "Chunk.text must be str, got bytes"),
-        (5, "no", r"Chunk.logprobs must be an array, got str"),
-        (5, [None], "TokenLogprob has 4 fields, got NoneType"),
-        (5, [[1, "a", "b", []]], "TokenLogprob.logprob must be float, got str"),
-        (5, [[1, "a", 0.5, [[1, "a"]]]], "TopLogprob has 3 fields, got 2"),
+        (6, "no", r"Chunk.logprobs must be an array, got str"),
+        (6, [None], "TokenLogprob has 4 fields, got NoneType"),
+        (6, [[1, "a", "b", []]], "TokenLogprob.logprob must be float, got str"),
+        (6, [[1, "a", 0.5, [[1, "a"]]]], "TopLogprob has 3 fields, got 2"),
     ],
 )
 def test_a_field_of_a_wrong_type_is_named(index: int, value: object, complaint: str) -> None:
@@ -223,7 +223,7 @@ messages = (
         st.booleans(),
         st.none() | st.floats(0, 1e9),
     )
-    | st.builds(Chunk, counts, counts, ids, texts, logprobs)
+    | st.builds(Chunk, counts, counts, ids, texts, counts, logprobs)
     | st.builds(
         Assignment,
         texts,

@@ -121,8 +121,8 @@ VERSION_1: list[tuple[object, str]] = [
         "a161cbbfd000000000000090940da162cbbfe000000000000090",
     ),
     (
-        Chunk(fence=2, offset=16, token_ids=token_ids([7]), text="x"),
-        "96010210c40407000000a178c0",
+        Chunk(fence=2, offset=16, token_ids=token_ids([7]), text="x", text_offset=30),
+        "97010210c40407000000a1781ec0",
     ),
     (
         ErrorInfo("invalid_request", "too hot", "temperature"),

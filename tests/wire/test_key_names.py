@@ -67,24 +67,33 @@ async def test_the_table_has_every_key_and_every_field_that_is_written(redis_url
         async def look() -> None:
             for key in cast("list[bytes]", await queue.client.keys()):
                 written.add(key.decode())
-                if b":request:" in key:
+                if b":request:" in key or b":dead:" in key:
                     names = cast("list[bytes]", await queue.client.hkeys(key.decode()))
                     fields.update(name.decode() for name in names)
 
         await queue.submit("a", "b", stream=True, timeout_ms=60_000)
         await queue.submit("c", priority="interactive")
-        await queue.submit("d", priority="batch")
+        await queue.submit("d", "e", priority="batch")
         await queue.join()
+        await queue.assign("e", exclusive=True)
+        await queue.commit(end("e", 1, "retry"))
+        await look()
+        await queue.retry(max_errors=0)
         await queue.assign("a", "b", "c")
         await queue.cancel("b")
         await queue.commit(tokens("a", 1, 0, 5))
         await look()
         await queue.commit(end("a", 1))
-        await queue.kill("g", 1)
+        await queue.kill()
+        await queue.reclaim(limit=1)
+        await look()
         await queue.reclaim()
         await queue.cancel("c")
         await queue.cancel("d")
+        await queue.client.config_set("appendonly", "yes")
         async with Producer(redis_url, namespace=NAMESPACE) as producer:
+            await producer.submit("Hi", request_id="f", durable=True)
+            await queue.cancel("f")
             while not await queue.client.keys("*bell*"):
                 # The producer's blocked read is woken by whoever waits for one more stream.
                 handle = await producer.submit("Hi")

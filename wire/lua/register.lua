@@ -4,7 +4,7 @@
 
 local group, model, card = ARGV[1], ARGV[2], ARGV[3]
 local counter = PREFIX .. ':epoch:' .. group
-local epoch = redis.call('INCR', counter)
-redis.call('PEXPIRE', counter, LIVE_TTL_MS)
+local epoch = never_before(tonumber(redis.call('GET', counter) or 0) + 1)
+redis.call('SET', counter, epoch, 'PX', LIVE_TTL_MS)
 redis.call('SET', PREFIX .. ':model:' .. model, card, 'PX', LIVE_TTL_MS)
 return epoch
