@@ -10,9 +10,10 @@ Cached and empty blocks together are the *free* ones, kept in the order in which
 reused: empty ones first, then cached ones, least recently used first.
 
 The registered blocks form a forest by prefix, and it stays *prefix closed*: a registered block's
-predecessor is registered too, held if its successor is held, and reused only after it. Two rules
+predecessor is registered too, held if its successor is held, and reused only after it. Three rules
 make it so: a sequence whose full block has the contents of one already registered changes over to
-that one (`register`), and a sequence's blocks are freed last block first (`free`).
+that one (`register`), a sequence's blocks are freed last block first (`free`), and a block is
+forgotten with all that continue it (`forget`).
 
 Nothing here knows of tensors or of the time; one thread owns the pool.
 """
@@ -93,9 +94,11 @@ class BlockPool:
         """Make a full, computed block findable by its contents; returns the block to use now.
 
         That is another one if those contents were registered before: the caller's hold moves to it
-        and `block_id` is freed. `parent` is the registered block before it in the caller's block
-        table, None for a sequence's first.
+        and `block_id` is freed. `parent` is the block before it in the caller's block table, None
+        for a sequence's first; behind one that was forgotten, nothing is registered.
         """
+        if parent is not None and self._hashes[parent] is None:
+            return block_id
         existing = self._registered.get(block_hash)
         if existing is None:
             self._registered[block_hash] = block_id
@@ -106,6 +109,30 @@ class BlockPool:
             self.touch((existing,))
             self.free((block_id,))
         return existing
+
+    def forget(self, block_ids: Iterable[int]) -> None:
+        """Make these blocks, and all that continue them, unfindable: their contents are no good.
+
+        Whoever holds them keeps them. This looks at every registered block: it is for rare events.
+        """
+        doomed = {block_id for block_id in block_ids if self._hashes[block_id] is not None}
+        behind: dict[int, list[int]] = {}
+        for block_id in self._registered.values():
+            parent = self._parents[block_id]
+            if parent is not None:
+                behind.setdefault(parent, []).append(block_id)
+        to_visit = list(doomed)
+        while to_visit:
+            further = behind.get(to_visit.pop(), [])
+            doomed.update(further)
+            to_visit += further
+        for block_id in doomed:
+            block_hash = self._hashes[block_id]
+            assert block_hash is not None, "only registered blocks continue others"
+            del self._registered[block_hash]
+            self._hashes[block_id] = self._parents[block_id] = None
+            if self._ref_counts[block_id] == 0:
+                self._free.move_to_end(block_id, last=False)
 
     def free(self, block_table: Sequence[int]) -> None:
         """Let go of a sequence's blocks, given in the order of its block table."""

@@ -64,8 +64,8 @@ class LayerPages:
         """Copies of blocks' keys and values, (kv_heads, num_blocks_read * block_size, head_dim).
 
         `block_rows`: what `KVPages.block_rows` made of the block ids. Slots that were never
-        written hold zeros, those of freed blocks old values: finite in any case, so masking
-        their scores is enough.
+        written hold zeros, those of freed blocks old values: finite ones, as what is not is wiped
+        with its sequence's end, so masking their scores is enough.
         """
         return self._read(self.keys, block_rows), self._read(self.values, block_rows)
 
@@ -107,6 +107,10 @@ class KVPages:
     def layer(self, index: int) -> LayerPages:
         """The pages of layer `index`."""
         return self._layers[index]
+
+    def wipe(self, block_ids: Tensor) -> None:
+        """Fill these blocks, (n,) int64, with zeros in all layers."""
+        self.data.index_fill_(0, block_ids, 0)
 
     def block_rows(self, block_ids: Tensor) -> Tensor:
         """Where blocks lie: (n,) block ids -> (kv_heads * n,) int64 rows, head by head."""

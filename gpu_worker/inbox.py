@@ -39,7 +39,6 @@ class Mail:
     assignments: list[Assignment] = field(default_factory=list)
     undecodable: list[Undecodable] = field(default_factory=list)
     cancelled: list[RequestId] = field(default_factory=list)
-    entry_ids: list[bytes] = field(default_factory=list)
 
 
 class Inbox:
@@ -51,11 +50,18 @@ class Inbox:
         self._keys = keys
         self._key = ""
         self._position = START
+        self._to_delete: list[bytes] = []
+
+    @property
+    def position(self) -> bytes:
+        """The last entry that was read."""
+        return self._position
 
     def open(self, group_id: GroupId, epoch: int) -> None:
         """Turn to the inbox of a new life."""
         self._key = self._keys.inbox(group_id, epoch)
         self._position = START
+        self._to_delete = []
 
     async def read(self) -> Mail:
         """Wait for mail, up to half a second; what was read before does not come again."""
@@ -67,16 +73,17 @@ class Inbox:
         )
         mail = Mail()
         for entry_id, fields in arrived.get(self._key, []):
-            mail.entry_ids.append(entry_id)
+            self._to_delete.append(entry_id)
             for name, value in fields.items():
                 _sort_in(mail, name.decode(), value)
             self._position = entry_id
         return mail
 
-    async def delete(self, mail: Mail) -> None:
-        """Free what has been dealt with."""
-        if mail.entry_ids:
-            await self._client.xdel(self._key, *mail.entry_ids)
+    async def delete_read(self) -> None:
+        """Free what was read; after an error, the next call frees it as well."""
+        if self._to_delete:
+            await self._client.xdel(self._key, *self._to_delete)
+            self._to_delete = []
 
 
 def _sort_in(mail: Mail, name: str, value: bytes) -> None:

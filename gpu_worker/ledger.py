@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from gpu_worker.output import RequestOutput, TextDecoder
 from gpu_worker.rank_protocol import SequenceOutput
 from wire.codec import encode
+from wire.errors import InvalidRequest, RequestTooLong
 from wire.ids import RequestId
-from wire.messages import Assignment, ErrorInfo, Result, TerminalState
+from wire.messages import Assignment, CommitState, ErrorInfo, Result, TerminalState
 from wire.scripts import Progress
+
+FINAL_ERRORS = frozenset({InvalidRequest.code, RequestTooLong.code})
+"""The errors that are the request's own fault: every attempt would end in them, so the first one is
+the last. After any other (numbers that are none, an assignment that this version cannot read) the
+request is given back to be tried again, here or elsewhere, as often as the schedulers allow.
+
+What a step as a whole dies of (no memory, an exception) is no error of a request: the ranks are
+lost, and a crash is counted for all that they held.
+"""
 
 
 class Ledger:
@@ -20,11 +30,21 @@ class Ledger:
         self._model = model
         self._block_size = block_size
         self._outputs: dict[RequestId, RequestOutput] = {}
-        self._ended: dict[RequestId, tuple[TerminalState, ErrorInfo | None]] = {}
+        self._ended: dict[RequestId, tuple[CommitState, ErrorInfo | None]] = {}
         self._uncommitted: list[Progress] = []
 
     def __len__(self) -> int:
         return len(self._outputs)
+
+    @property
+    def num_running(self) -> int:
+        """How many requests the engine has yet to end."""
+        return len(self._outputs) - len(self._ended)
+
+    @property
+    def request_ids(self) -> list[RequestId]:
+        """All requests of which something is, or will be, to be written."""
+        return list({*self._outputs, *(item.request_id for item in self._uncommitted)})
 
     def open(self, assignment: Assignment) -> None:
         """Begin with a request; one of the same id under an older fence is forgotten."""
@@ -32,7 +52,10 @@ class Ledger:
         self._outputs[assignment.request_id] = RequestOutput(assignment, self._decoder)
 
     def add(self, outputs: Iterable[SequenceOutput]) -> list[RequestId]:
-        """Take in a step's outputs. Returns the ids that a stop string has ended."""
+        """Take in a step's outputs. Returns the ids that a stop string has ended.
+
+        One that ended in an error is over, or to be tried again: see FINAL_ERRORS.
+        """
         stopped = []
         for output in outputs:
             request = self._outputs.get(output.request_id)
@@ -42,7 +65,9 @@ class Ledger:
                 continue
             if request.add(output):
                 stopped.append(output.request_id)
-            if request.state is not None:
+            if output.error is not None:
+                self._ended[output.request_id] = (_after(output.error), output.error)
+            elif request.state is not None:
                 self._ended[output.request_id] = (request.state, None)
         return stopped
 
@@ -56,9 +81,9 @@ class Ledger:
         return True
 
     def refuse(self, request_id: RequestId, fence: int, error: ErrorInfo) -> None:
-        """Fail a request that cannot be begun."""
+        """Give back a request that cannot be begun here; a group of another version may."""
         result = Result(request_id, "failed", model=self._model, error=error)
-        self._uncommitted.append(Progress(request_id, fence, state="failed", result=encode(result)))
+        self._uncommitted.append(Progress(request_id, fence, state="retry", result=encode(result)))
 
     def past_deadline(self, server_ms: int) -> list[RequestId]:
         """The running requests whose time is up."""
@@ -89,8 +114,24 @@ class Ledger:
         self._uncommitted = [item for item in self._uncommitted if id(item) not in sent]
         # By id and fence: the request may have come back in the meantime, under a higher one.
         current = [item for item in progress if self._fence_of(item.request_id) == item.fence]
+        for item in current:
+            if item.chunk:
+                self._outputs[item.request_id].written(item.offset + item.num_tokens)
         self.forget(item.request_id for item in current if item.state is not None)
         return self.forget(item.request_id for item in current if item.request_id in stale)
+
+    def rewind(self, num_journaled: Mapping[RequestId, int]) -> int:
+        """Have those tokens written again that the journals have lost since they were written.
+
+        `num_journaled` has the journals' lengths. Returns of how many requests something was lost.
+        """
+        rewound = {
+            request_id
+            for request_id, num_tokens in num_journaled.items()
+            if request_id in self._outputs and self._outputs[request_id].rewind(num_tokens)
+        }
+        self._uncommitted = [i for i in self._uncommitted if i.request_id not in rewound]
+        return len(rewound)
 
     def forget(self, request_ids: Iterable[RequestId]) -> list[RequestId]:
         """Drop requests, whatever their state. Returns those that were held."""
@@ -114,19 +155,32 @@ class Ledger:
         assignment = request.assignment
         state, error = self._ended.get(request.request_id, (None, None))
         at_least = 1 if assignment.stream else self._block_size
+        goes_on = state is None or state == "retry"
+        if state == "retry":
+            at_least = 1  # what was generated so far is where the next attempt begins
         chunk = None
         # Without a stream, the result is all that a reader needs at the end.
-        if request.num_unsent_tokens >= at_least and (assignment.stream or state is None):
-            chunk = request.take_chunk(ended=state is not None)
+        if request.num_unsent_tokens >= at_least and (assignment.stream or goes_on):
+            chunk = request.take_chunk(ended=not goes_on)
         if chunk is None and state is None:
             return None
-        result = None if state is None else request.result(state, self._model, error)
         return Progress(
             request.request_id,
             assignment.fence,
             chunk=b"" if chunk is None else encode(chunk),
             state=state,
-            result=b"" if result is None else encode(result),
+            result=b"" if state is None else encode(self._result(request, state, error)),
             offset=0 if chunk is None else chunk.offset,
             num_tokens=0 if chunk is None else len(chunk.token_ids),
         )
+
+    def _result(
+        self, request: RequestOutput, state: CommitState, error: ErrorInfo | None
+    ) -> Result:
+        """The result to store; of a retry, should there be none."""
+        return request.result("failed" if state == "retry" else state, self._model, error)
+
+
+def _after(error: ErrorInfo) -> CommitState:
+    """What becomes of a request that has ended in `error`."""
+    return "failed" if error.code in FINAL_ERRORS else "retry"

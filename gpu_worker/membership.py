@@ -12,15 +12,17 @@ from redis.exceptions import RedisError
 
 from gpu_worker.heartbeat import Heartbeat
 from wire.codec import encode
+from wire.errors import RequestFailed
 from wire.ids import GroupId
 from wire.keys import Keys
 from wire.messages import GroupStatus, ModelCard
 from wire.records import ending
-from wire.scripts import Scripts
+from wire.scripts import ReclaimReason, Scripts
 
 log = structlog.get_logger(__name__)
 
 RECLAIM_LIMIT = 500
+RETRY_S = 0.1
 
 
 class Membership:
@@ -39,15 +41,16 @@ class Membership:
         card: ModelCard,
         heartbeat_s: float,
         timeout_ms: int,
+        max_crashes: int,
         status: Callable[[int], GroupStatus],
     ) -> None:
         self._url = url
-        self._client = client
         self._keys = keys
         self._scripts = Scripts(client, keys)
         self._card = card
         self._heartbeat_s = heartbeat_s
         self._timeout_ms = timeout_ms
+        self._max_crashes = max_crashes
         self._status = status
         self._heartbeat: Heartbeat | None = None
         self._server_ms = 0
@@ -56,8 +59,17 @@ class Membership:
         self.epoch = 0
         self.lost = asyncio.Event()
 
-    async def join(self) -> None:
-        """Become a member under a new epoch; a member again if the fleet had given this one up."""
+    @property
+    def is_member(self) -> bool:
+        """Whether the group has joined and, as far as it knows, was not declared dead since."""
+        return self._heartbeat is not None and not self.lost.is_set()
+
+    async def join(self, stop: asyncio.Event) -> None:
+        """Become a member under a new epoch, for the first time or again.
+
+        Returns early when `stop` is set. After an error, the server's for example, it is to be
+        called again.
+        """
         await self._stop_heartbeat()
         self.epoch = await self._scripts.register(
             self.group_id, model=self._card.name, card=encode(self._card)
@@ -72,36 +84,62 @@ class Membership:
             on_time=self._note_time,
             on_lost=self.lost.set,
         )
-        await self._heartbeat.start()
-        log.info("group joined", group_id=self.group_id, epoch=self.epoch, model=self._card.name)
+        if await self._heartbeat.start(stop) and self.is_member:
+            name = self._card.name
+            log.info("group joined", group_id=self.group_id, epoch=self.epoch, model=name)
 
     async def leave(self) -> None:
         """Be gone at once; give what is not finished back to the queue."""
+        num_returned = await self._give_back("leaving", "the group left")
+        log.info("group left", group_id=self.group_id, num_returned=num_returned)
+
+    async def crash(self, reason: str) -> None:
+        """Be known as dead at once; what is not finished goes back, and counts a crash each."""
+        num_returned = await self._give_back("crashed", reason)
+        log.error(
+            "group crashed", group_id=self.group_id, epoch=self.epoch, num_returned=num_returned
+        )
+
+    async def _give_back(self, how: ReclaimReason, reason: str) -> int:
+        """Returns how many requests went back, 0 if the server did not answer.
+
+        It is tried for as long as a lease lasts: after that the fleet takes them by itself.
+        """
         await self._stop_heartbeat()
+        if self._heartbeat is None:
+            return 0
+        try:
+            async with asyncio.timeout(self._timeout_ms / 1000):
+                while True:
+                    try:
+                        return await self._reclaim(how, reason)
+                    except RedisError as error:
+                        log.warning("requests not given back yet", error=str(error))
+                        await asyncio.sleep(RETRY_S)
+        except TimeoutError:
+            log.warning("requests not given back", group_id=self.group_id, epoch=self.epoch)
+            return 0
+
+    async def _reclaim(self, how: ReclaimReason, reason: str) -> int:
+        died = RequestFailed(
+            f"worker groups died {self._max_crashes} times or more while they held this request, "
+            f"the last time when they held nothing else: {reason}",
+            reason="worker_lost",
+        )
         num_returned = 0
         while True:
             counts = await self._scripts.reclaim(
                 self.group_id,
                 self.epoch,
-                leaving=True,
-                max_attempts=1,
+                how=how,
+                max_crashes=self._max_crashes,
                 limit=RECLAIM_LIMIT,
-                result=encode(ending("failed")),
+                result=encode(ending("failed", died, model=self._card.name)),
             )
-            num_returned += counts[0] if counts else 0
-            if counts is None or counts[0] < RECLAIM_LIMIT:
-                break
-        log.info("group left", group_id=self.group_id, num_returned=num_returned)
-
-    async def crash(self) -> None:
-        """Be known as dead at once. The scheduler counts an attempt against each request."""
-        await self._stop_heartbeat()
-        log.error("group crashed", group_id=self.group_id, epoch=self.epoch)
-        try:
-            await self._client.delete(self._keys.status(self.group_id, self.epoch))
-        except RedisError as error:
-            # It is known after the group's timeout then; what it crashed of matters more here.
-            log.warning("crash not reported", error=str(error))
+            assert counts is not None, "only a lapse depends on the lease"
+            num_returned += counts[0]
+            if counts[0] < RECLAIM_LIMIT:
+                return num_returned
 
     def server_ms(self) -> int:
         """The server's clock, reckoned from the last heartbeat."""

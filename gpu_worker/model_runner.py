@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cache.pages import KVPages, PageShape
 from gpu_worker.attention.choice import choose_attention
+from gpu_worker.layer_progress import LayerCounter
 from gpu_worker.layers.sharding import max_kv_heads, shard_model
 from gpu_worker.memory import default_kv_cache_bytes
 from gpu_worker.models.config import ModelConfig
@@ -41,8 +42,9 @@ class ModelRunner:
         num_blocks: int | None = None,
         kv_cache_bytes: int | None = None,
         max_model_len: int | None = None,
+        layers: LayerCounter | None = None,
     ) -> None:
-        """Load this rank's part of the model and reserve the pages.
+        """Load this rank's part of the model and reserve the pages; `layers` counts what it runs.
 
         `num_blocks` wins over `kv_cache_bytes`, which is per rank; with neither, see
         `gpu_worker.memory`. Raises ModelError for bad files, for more ranks than query heads, or
@@ -56,6 +58,7 @@ class ModelRunner:
         self._pages = self._reserve_pages(dtype, block_size, num_blocks, kv_cache_bytes)
         self._limit_context_to_pages()
         self._attention = choose_attention(self.device)
+        self._layers = layers or LayerCounter()
         self.load_s = time.perf_counter() - started
         structlog.get_logger(__name__).info(
             "model_loaded",
@@ -90,6 +93,8 @@ class ModelRunner:
         Returns (num_samples, vocab_size) float32 logits, row i for `plan.logits_rows[i]`, on
         rank 0 and None on the others. They are the caller's to keep and to change.
         """
+        if len(plan.wiped_blocks):
+            self._pages.wipe(self._index(plan.wiped_blocks))
         paged_attention = self._attention(plan, self._pages)
         return self._decoder(
             token_ids=self._index(plan.token_ids),
@@ -98,6 +103,7 @@ class ModelRunner:
             logits_rows=self._index(plan.logits_rows),
             pages=self._pages,
             paged_attention=paged_attention,
+            done=self._layers,
         )
 
     def _index(self, values: Tensor) -> Tensor:

@@ -1,27 +1,37 @@
-"""A worker group's parent process: it talks to Redis, so that the ranks only compute.
+"""One life of a worker group, from ready ranks to their loss or the group's end.
 
     inbox stream -> take_in -> rank 0 -> give_out (text, stop strings) -> flush -> journals, results
 
-It holds no tensor and never waits for a forward pass. Losing a rank ends the group: the scheduler
-gives its requests to others. Being declared dead (after a pause longer than the group's timeout)
-does not: the group drops what it held and joins again under a new epoch.
+The orchestrator talks to Redis, so that the ranks only compute; it holds no tensor and never waits
+for a forward pass. When the ranks are lost, it hands back what they held, and its life ends; the
+group's next one (`gpu_worker.supervisor`) has new ranks and a new epoch. Being declared dead (after
+a pause longer than the group's lease) is less: the ranks are well, so the group drops what it held
+and joins again.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import time
+from collections.abc import Awaitable, Callable
 
 import structlog
 from redis.asyncio import Redis
 
+from gpu_worker.committer import Committer
+from gpu_worker.hang_watch import HangWatch
 from gpu_worker.inbox import Inbox
 from gpu_worker.ledger import Ledger
 from gpu_worker.membership import Membership
 from gpu_worker.output import TextDecoder
 from gpu_worker.rank_group import RankGroup, RankLost
-from gpu_worker.rank_protocol import AbortRequests, AddRequests, EngineStats, StepOutput
+from gpu_worker.rank_protocol import (
+    AbortRequests,
+    AddRequests,
+    EngineStats,
+    StepOutput,
+    StepProgress,
+)
 from service.resilience import one_error, repeat, sleep_unless
 from service.settings import WorkerSettings
 from wire.errors import RequestExpired
@@ -33,76 +43,97 @@ from wire.scripts import Scripts
 
 log = structlog.get_logger(__name__)
 
-COMMIT_AT_ONCE = 256
 STOP_TIMEOUT_S = 10.0
 TICK_S = 0.05
 
 
 class Orchestrator:
-    """One worker group between Redis and its ranks; all of it belongs to one event loop."""
+    """Stands between Redis and one set of ranks; all of it belongs to one event loop."""
 
     def __init__(
         self,
         settings: WorkerSettings,
         card: ModelCard,
+        decoder: TextDecoder,
         ranks: RankGroup,
         *,
+        group_id: GroupId,
         client: Redis,
         blocking_client: Redis,
+        on_answer: Callable[[], None],
     ) -> None:
+        """`on_answer` is called when the ranks have answered a request."""
         keys = Keys(settings.namespace)
         self._settings = settings
         self._card = card
         self._ranks = ranks
-        self._scripts = Scripts(client, keys)
+        self._on_answer = on_answer
         self._inbox = Inbox(client, blocking_client, keys)
-        self._ledger = Ledger(
-            TextDecoder(card.tokenizer_json), model=card.name, block_size=card.block_size
-        )
+        self._ledger = Ledger(decoder, model=card.name, block_size=card.block_size)
         self._membership = Membership(
             settings.redis_url.get_secret_value(),
             client,
             keys,
-            group_id=GroupId(settings.group_id or os.urandom(4).hex()),
+            group_id=group_id,
             card=card,
             heartbeat_s=settings.heartbeat_ms / 1000,
             timeout_ms=settings.group_timeout_ms,
+            max_crashes=settings.max_crashes,
             status=self._status,
         )
+        self._committer = Committer(
+            Scripts(client, keys),
+            self._ledger,
+            self._membership,
+            flush_s=settings.flush_ms / 1000,
+            abort=self._abort,
+        )
+        self._hang_watch = HangWatch(settings.step_timeout_s)
         self._stats = EngineStats()
+        self._in_doubt = False
         self._draining = False
-        self._to_flush = asyncio.Event()
         self._left = asyncio.Event()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop`, then drain. Raises RankLost."""
-        await self._join()
         try:
             with one_error(RankLost):
                 await self._serve(stop)
-        except BaseException:
-            await self._membership.crash()
+        except BaseException as error:
+            # Nothing of theirs is waited for: a rank that hangs would hold up the requests.
+            self._ranks.kill()
+            await self._committer.flush_last()
+            await self._membership.crash(str(error))
             raise
+        await self._committer.flush_last()
         await self._membership.leave()
 
     async def _serve(self, stop: asyncio.Event) -> None:
         async with asyncio.TaskGroup() as tasks:
-            give_out = tasks.create_task(self._give_out(), name="give_out")
+            watches = [
+                tasks.create_task(self._give_out(), name="give_out"),
+                tasks.create_task(self._watch_progress(), name="watch_progress"),
+            ]
+            steps: dict[str, Callable[[], Awaitable[None]]] = {
+                "take_in": lambda: self._take_in(stop),
+                "flush": lambda: self._committer.flush(self._left),
+                "end_late_requests": self._end_late_requests,
+            }
             loops = [
-                tasks.create_task(repeat(step.__name__, step, stop=self._left))
-                for step in (self._take_in, self._flush, self._end_late_requests)
+                tasks.create_task(
+                    repeat(name, step, stop=self._left, on_reconnect=self._doubt), name=name
+                )
+                for name, step in steps.items()
             ]
             await stop.wait()
             await self._drain()
             self._left.set()
-            self._to_flush.set()
-            await asyncio.wait(loops, timeout=STOP_TIMEOUT_S)
-            for task in (*loops, give_out):
+            self._committer.wake()
+            # One that never became a member has nothing to write, and nobody to wait for.
+            patience_s = STOP_TIMEOUT_S if self._membership.is_member else 0.0
+            await asyncio.wait(loops, timeout=patience_s)
+            for task in (*loops, *watches):
                 task.cancel()
-
-    async def _join(self) -> None:
-        await self._membership.join()
-        self._inbox.open(self._membership.group_id, self._membership.epoch)
 
     async def _drain(self) -> None:
         """Take no more; wait for what runs, as long as the settings allow."""
@@ -111,6 +142,14 @@ class Orchestrator:
         give_up_s = time.monotonic() + self._settings.drain_timeout_s
         while len(self._ledger) and time.monotonic() < give_up_s:
             await asyncio.sleep(TICK_S)
+
+    async def _watch_progress(self) -> None:
+        while not self._hang_watch.is_hung(time.monotonic(), busy=self._ledger.num_running > 0):
+            await asyncio.sleep(TICK_S)
+        raise RankLost(
+            f"the ranks have {self._ledger.num_running} requests to compute and have not got on "
+            f"for {self._settings.step_timeout_s:g} s: one of them hangs"
+        )
 
     def _status(self, epoch: int) -> GroupStatus:
         stats = self._stats
@@ -129,23 +168,34 @@ class Orchestrator:
 
     # In: from the inbox to the ranks
 
-    async def _take_in(self) -> None:
-        if self._membership.lost.is_set():
-            log.warning("declared dead", epoch=self._membership.epoch)
-            await self._abort(self._ledger.clear())
-            await self._join()
+    async def _take_in(self, stop: asyncio.Event) -> None:
+        if not self._membership.is_member:
+            await self._join(stop)
         mail = await self._inbox.read()
         for item in mail.undecodable:
             log.error("assignment refused", request_id=item.request_id, error=item.error.message)
             self._ledger.refuse(item.request_id, item.fence, item.error)
-            self._to_flush.set()
+            self._committer.wake()
         for assignment in mail.assignments:
             self._ledger.open(assignment)
         if mail.assignments:
             await self._ranks.send(AddRequests(tuple(mail.assignments)))
         for request_id in mail.cancelled:
             await self._end(request_id, "cancelled")
-        await self._inbox.delete(mail)
+        await self._inbox.delete_read()
+        if self._in_doubt:
+            self._in_doubt = not await self._committer.reconcile(self._inbox.position)
+
+    async def _join(self, stop: asyncio.Event) -> None:
+        if self._membership.lost.is_set():
+            log.warning("declared dead", epoch=self._membership.epoch)
+        await self._abort(self._ledger.clear())
+        await self._membership.join(stop)
+        self._inbox.open(self._membership.group_id, self._membership.epoch)
+
+    async def _doubt(self) -> None:
+        """The server was away: does it still know what it knew?"""
+        self._in_doubt = True
 
     async def _end_late_requests(self) -> None:
         for request_id in self._ledger.past_deadline(self._membership.server_ms()):
@@ -157,7 +207,7 @@ class Orchestrator:
         self, request_id: RequestId, state: TerminalState, error: ErrorInfo | None = None
     ) -> None:
         if self._ledger.end(request_id, state, error):
-            self._to_flush.set()
+            self._committer.wake()
             await self._abort([request_id])
 
     async def _abort(self, request_ids: list[RequestId]) -> None:
@@ -169,25 +219,16 @@ class Orchestrator:
     async def _give_out(self) -> None:
         while True:
             frame = await self._ranks.receive()
-            if not isinstance(frame, StepOutput):
-                raise RankLost(f"rank 0 sent {type(frame).__name__} in place of StepOutput")
-            self._stats = frame.stats
-            await self._abort(self._ledger.add(frame.outputs))
-            if frame.outputs:
-                self._to_flush.set()
-
-    async def _flush(self) -> None:
-        """Write all that is new, in as few calls as can be."""
-        await self._to_flush.wait()
-        # Tokens that come in the meantime go out with these.
-        await sleep_unless(self._left, self._settings.flush_ms / 1000)
-        self._to_flush.clear()
-        try:
-            while progress := self._ledger.uncommitted()[:COMMIT_AT_ONCE]:
-                stale = await self._scripts.commit(
-                    self._membership.group_id, self._membership.epoch, progress
-                )
-                await self._abort(self._ledger.committed(progress, stale))
-        except BaseException:
-            self._to_flush.set()  # what was not written is written next time
-            raise
+            self._hang_watch.progress()
+            match frame:
+                case StepProgress():
+                    continue
+                case StepOutput(outputs, stats):
+                    self._stats = stats
+                    await self._abort(self._ledger.add(outputs))
+                    if outputs:
+                        self._committer.wake()
+                    if any(output.finish_reason is not None for output in outputs):
+                        self._on_answer()
+                case _:
+                    raise RankLost(f"rank 0 sent {type(frame).__name__} in place of StepOutput")

@@ -6,6 +6,7 @@ text at stop strings, and cuts it into chunks for the journal.
 
 from __future__ import annotations
 
+from collections import deque
 from functools import lru_cache
 
 from tokenizers import Tokenizer
@@ -26,6 +27,9 @@ from wire.messages import (
 
 CONTEXT_TOKENS = 8
 """Prompt tokens that the decoder sees first: some tokenizers join words by what came before."""
+
+MAX_CUTS = 1024
+"""So many chunks can be written again: more than fit into the moments that a server may lose."""
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 """What bytes decode to that are no character, or not yet."""
@@ -93,8 +97,11 @@ class RequestOutput:
         # What an earlier attempt has journaled is output too, but is not sent again.
         for token_id in assignment.generated:
             self._append(token_id)
-        self._num_sent_tokens = len(assignment.generated)
-        self._num_sent_chars = len(assignment.generated_text)
+        self._num_written_tokens = len(assignment.generated)
+        # Tokens and characters up to the end of each of the latest chunks.
+        self._cuts = deque(
+            [(len(assignment.generated), len(assignment.generated_text))], maxlen=MAX_CUTS
+        )
 
     @property
     def request_id(self) -> RequestId:
@@ -111,7 +118,7 @@ class RequestOutput:
     @property
     def num_unsent_tokens(self) -> int:
         """How many tokens are in no chunk yet."""
-        return len(self._token_ids) - self._num_sent_tokens
+        return len(self._token_ids) - self._cuts[-1][0]
 
     def add(self, output: SequenceOutput) -> bool:
         """Take in a step's output. Returns True when a stop string ended it before the engine did.
@@ -142,16 +149,30 @@ class RequestOutput:
         """
         if not self.num_unsent_tokens:
             return None
-        end = len(self._text) if ended else self._num_settled_chars()
-        start, self._num_sent_chars = self._num_sent_chars, max(self._num_sent_chars, end)
-        offset, self._num_sent_tokens = self._num_sent_tokens, len(self._token_ids)
+        offset, start = self._cuts[-1]
+        end = max(start, len(self._text) if ended else self._num_settled_chars())
+        self._cuts.append((len(self._token_ids), end))
         return Chunk(
             fence=self.assignment.fence,
             offset=offset,
             token_ids=self._token_ids[offset:],
             text=self._text[start:end],
+            text_offset=start,
             logprobs=tuple(self._logprobs[offset:]) if self._logprobs else None,
         )
+
+    def written(self, num_tokens: int) -> None:
+        """The chunks of the first `num_tokens` are in the journal, as far as anybody knows."""
+        self._num_written_tokens = num_tokens
+
+    def rewind(self, num_journaled: int) -> bool:
+        """The journal has `num_journaled` tokens. If it had more, they become new again."""
+        if num_journaled >= self._num_written_tokens:
+            return False
+        self._num_written_tokens = num_journaled
+        while len(self._cuts) > 1 and self._cuts[-1][0] > num_journaled:
+            self._cuts.pop()
+        return True
 
     def result(self, state: TerminalState, model: str, error: ErrorInfo | None = None) -> Result:
         """The terminal result; what was generated is in it also when it ended half way."""

@@ -31,6 +31,7 @@ from typing import Protocol
 
 import structlog
 
+from gpu_worker.layer_progress import LayerCounter, ProgressReporter
 from gpu_worker.rank_options import STUB_MODEL_PATH, RankOptions
 from gpu_worker.rank_protocol import (
     AbortRequests,
@@ -72,37 +73,44 @@ class ServedEngine(Protocol):
 def serve(channel: RankChannel, engine: ServedEngine) -> None:
     """Run requests until told to stop. Raises EOFError or OSError when the orchestrator is gone."""
     while True:
+        has_aborted = False
         for frame in channel.receive(wait=not engine.has_work):
             match frame:
                 case AddRequests(assignments):
                     for assignment in assignments:
                         engine.add(assignment)
                 case AbortRequests(request_ids):
+                    has_aborted = True
                     for request_id in request_ids:
                         engine.abort(request_id)
                 case Stop():
                     return
-        if engine.has_work:
+        # A step without work computes nothing, but its figures tell what the abort has freed.
+        if engine.has_work or has_aborted:
             channel.send(engine.step())
 
 
 def lead(channel: RankChannel, size: int, rendezvous: Path, options: RankOptions) -> None:
     """Be rank 0: load, say so, serve; then release the other ranks."""
     started_s = time.perf_counter()
+    layers = LayerCounter()
+    reporter = ProgressReporter(channel, layers, options.progress_interval_s)
     if options.model_path == STUB_MODEL_PATH:
         from gpu_worker.engine.stub import StubEngine
 
-        _serve_when_ready(channel, StubEngine(options), started_s)
+        _serve_when_ready(channel, StubEngine(options, layers), reporter, started_s)
         return
 
     # Not at the top: the stub runs without torch, which takes seconds to load.
     from gpu_worker.engine.sharded import ShardedEngine
 
-    with ShardedEngine(size, rendezvous, options) as engine:
-        _serve_when_ready(channel, engine, started_s)
+    with ShardedEngine(size, rendezvous, options, layers) as engine:
+        _serve_when_ready(channel, engine, reporter, started_s)
 
 
-def _serve_when_ready(channel: RankChannel, engine: ServedEngine, started_s: float) -> None:
+def _serve_when_ready(
+    channel: RankChannel, engine: ServedEngine, reporter: ProgressReporter, started_s: float
+) -> None:
     channel.send(
         RankReady(
             num_blocks=engine.num_blocks,
@@ -111,7 +119,8 @@ def _serve_when_ready(channel: RankChannel, engine: ServedEngine, started_s: flo
             load_s=time.perf_counter() - started_s,
         )
     )
-    serve(channel, engine)
+    with reporter:
+        serve(channel, engine)
 
 
 def main(argv: list[str] | None = None) -> int:

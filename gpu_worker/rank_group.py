@@ -1,4 +1,4 @@
-"""The rank processes of one worker group: started together, watched, stopped together."""
+"""The rank processes of one worker group: started together, watched, ended together."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import structlog
 
 from gpu_worker.rank_options import RankOptions, rank_command
 from gpu_worker.rank_protocol import FromRank, RankConnection, RankError, RankReady, Stop, ToRank
-from wire.errors import ForebayError, ModelError, WireError
+from wire.errors import ConfigError, ForebayError, ModelError, WireError
 
 log = structlog.get_logger(__name__)
 
@@ -24,11 +24,15 @@ STOP_TIMEOUT_S = 10.0
 EXIT_TIMEOUT_S = 5.0
 SEND_TIMEOUT_S = 1.0
 LAST_WORDS_S = 1.0
+NEIGHBOURS_EXIT_S = 0.1
 SPIN_COUNT = 10_000
+
+_OPERATORS_ERRORS = {error.code: error for error in (ModelError, ConfigError)}
+"""What a rank may report that starting it again cannot mend."""
 
 
 class RankLost(ForebayError):
-    """A rank exited, hung or sent nonsense; the whole group is of no use without it."""
+    """A rank exited, hung or sent nonsense; the others are of no use without it."""
 
     code = "worker_lost"
 
@@ -43,6 +47,7 @@ class RankGroup:
         self._connection = connection
         self._first_exit: str | None = None
         self._ready = False
+        self._killed = False
         self._watchers = [
             asyncio.create_task(self._watch(rank), name=f"watch_rank_{rank}")
             for rank in range(1, len(processes))
@@ -51,7 +56,8 @@ class RankGroup:
     async def wait_ready(self, timeout_s: float) -> RankReady:
         """Wait until all ranks have loaded the model.
 
-        Raises ModelError as the rank reports it, RankLost when a rank dies or takes too long.
+        Raises ModelError or ConfigError as rank 0 reports it, RankLost when a rank dies or takes
+        too long.
         """
         try:
             async with asyncio.timeout(timeout_s):
@@ -67,57 +73,84 @@ class RankGroup:
         return first
 
     async def receive(self) -> FromRank:
-        """The next frame from rank 0. Raises RankLost, or ModelError if that is what it says."""
+        """The next frame from rank 0. Raises RankLost, or what rank 0 reports."""
         try:
             frame = await self._connection.receive()
         except WireError as error:
             raise RankLost(f"rank 0 sent what is no frame: {error}") from error
         if frame is None:
-            raise RankLost(self._first_exit or await self._exit_of(0))
+            raise await self._loss()
         if isinstance(frame, RankError):
-            raise _reported(frame)
+            raise await self._reported(frame)
         return frame
 
     async def send(self, frame: ToRank) -> None:
-        """Send to rank 0. Raises RankLost when it is gone."""
+        """Send to rank 0; nothing happens once the ranks were killed. Raises RankLost."""
+        if self._killed:
+            return
         try:
             await self._connection.send(frame)
         except ConnectionError as error:
-            raise RankLost(await self._exit_of(0)) from error
+            raise await self._loss() from error
 
-    async def close(self) -> None:
-        """Stop all ranks, by force those that do not stop by themselves; leave none behind."""
+    def kill(self) -> None:
+        """End all ranks at once, those that hang or are stopped as well; `close` waits for it."""
+        self._killed = True
         for watcher in self._watchers:
             watcher.cancel()
+        for process in self._processes:
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+
+    async def close(self) -> None:
+        """End all ranks, by force those that do not stop by themselves; leave none behind."""
+        for watcher in self._watchers:
+            watcher.cancel()
+        # A rank that still loads reads no frame, and has nothing to lose; one that is gone leaves
+        # the others waiting for it in a collective.
+        all_running = all(process.returncode is None for process in self._processes)
+        if self._ready and all_running and not self._killed:
+            await self._stop()
+        self.kill()
+        for process in self._processes:
+            await process.wait()
+        await self._connection.close()
+
+    async def _stop(self) -> None:
         with contextlib.suppress(ConnectionError, TimeoutError):
             async with asyncio.timeout(SEND_TIMEOUT_S):  # a rank that hangs reads nothing
                 await self._connection.send(Stop())
-        exits = asyncio.gather(*(process.wait() for process in self._processes))
-        # A rank that still loads reads no frame; one that is gone leaves the others waiting for
-        # it in a collective.
-        patience_s = STOP_TIMEOUT_S if self._ready and self._all_running else LAST_WORDS_S
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(exits), patience_s)
+        exits = [asyncio.create_task(process.wait()) for process in self._processes]
+        _, late = await asyncio.wait(exits, timeout=STOP_TIMEOUT_S)
         for rank, process in enumerate(self._processes):
             if process.returncode is None:
-                if self._ready:
-                    log.warning("rank killed", rank=rank, pid=process.pid)
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
-        await exits
-        await self._connection.close()
+                log.warning("rank killed", rank=rank, pid=process.pid)
+        for task in late:
+            task.cancel()
 
     async def _watch(self, rank: int) -> None:
         """Wake whoever waits for rank 0 when another rank is gone: it would wait forever."""
         first_exit = await self._exit_of(rank)
-        # Where one cause ends all ranks, rank 0 has the better message: let it have its say.
-        await asyncio.sleep(LAST_WORDS_S)
+        if not self._ready:
+            # What keeps one from loading keeps all, and rank 0 can say what it is: let it.
+            await asyncio.sleep(LAST_WORDS_S)
         self._first_exit = first_exit
         await self._connection.close()
 
-    @property
-    def _all_running(self) -> bool:
-        return all(process.returncode is None for process in self._processes)
+    async def _loss(self) -> RankLost:
+        """Why the connection to rank 0 is closed."""
+        return RankLost(self._first_exit or await self._exit_of(0))
+
+    async def _reported(self, frame: RankError) -> ForebayError:
+        if frame.code in _OPERATORS_ERRORS:
+            return _OPERATORS_ERRORS[frame.code](frame.message)
+        reason = f"rank 0 failed: {frame.message}"
+        if self._watchers:
+            # Where another rank died first, all that rank 0 knows is that a collective failed.
+            await asyncio.wait(self._watchers, timeout=NEIGHBOURS_EXIT_S)
+            reason = "; ".join(part for part in (self._first_exit, reason) if part)
+        return RankLost(reason)
 
     async def _exit_of(self, rank: int) -> str:
         """Wait for a rank's end and say what it was."""
@@ -134,42 +167,60 @@ class RankGroup:
 
 @contextlib.asynccontextmanager
 async def open_ranks(options: RankOptions, size: int) -> AsyncIterator[RankGroup]:
-    """Start `size` ranks; stop them at the end, whatever happens."""
-    # Private: whoever can write the rendezvous file can join the group.
-    folder = Path(tempfile.mkdtemp(prefix="forebay-ranks-"))
-    ours, theirs = socket.socketpair()
-    processes: list[asyncio.subprocess.Process] = []
-    try:
-        with theirs:
-            for rank in range(size):
-                inherited = theirs.fileno() if rank == 0 else None
-                command = rank_command(
-                    options,
-                    rank=rank,
-                    size=size,
-                    rendezvous=str(folder / "rendezvous"),
-                    socket_fd=inherited,
-                )
-                processes.append(
-                    await asyncio.create_subprocess_exec(
-                        *command,
-                        stdin=asyncio.subprocess.DEVNULL,
-                        env=_rank_environment(),
-                        pass_fds=() if inherited is None else (inherited,),
-                    )
-                )
-        group = RankGroup(processes, await RankConnection.open(ours))
+    """Start `size` ranks; end them at the end: in an orderly way, or after an error at once.
+
+    Raises RankLost when they cannot be started.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            group = await _start(options, size, stack)
+        except OSError as error:  # no memory, no processes, no room for temporary files
+            raise RankLost(f"the ranks cannot be started: {error}") from error
         try:
             yield group
+        except BaseException:
+            group.kill()
+            raise
         finally:
             await group.close()
-    finally:
-        for process in processes:  # none, but where not even all could be started
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-        ours.close()
-        shutil.rmtree(folder, ignore_errors=True)
+
+
+async def _start(options: RankOptions, size: int, stack: contextlib.AsyncExitStack) -> RankGroup:
+    """Start the ranks; `stack` cleans up what is left of them, started or half started."""
+    # Private: whoever can write the rendezvous file can join the group.
+    folder = Path(tempfile.mkdtemp(prefix="forebay-ranks-"))
+    stack.callback(shutil.rmtree, folder, ignore_errors=True)
+    ours, theirs = socket.socketpair()
+    stack.callback(ours.close)
+    processes: list[asyncio.subprocess.Process] = []
+    stack.push_async_callback(_end_all, processes)
+    with theirs:
+        for rank in range(size):
+            inherited = theirs.fileno() if rank == 0 else None
+            command = rank_command(
+                options,
+                rank=rank,
+                size=size,
+                rendezvous=str(folder / "rendezvous"),
+                socket_fd=inherited,
+            )
+            processes.append(
+                await asyncio.create_subprocess_exec(
+                    *command,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    env=_rank_environment(),
+                    pass_fds=() if inherited is None else (inherited,),
+                )
+            )
+    return RankGroup(processes, await RankConnection.open(ours))
+
+
+async def _end_all(processes: list[asyncio.subprocess.Process]) -> None:
+    """End processes that no RankGroup has ended: where not even all could be started."""
+    for process in processes:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
 
 
 def _rank_environment() -> dict[str, str]:
@@ -182,9 +233,3 @@ def _rank_environment() -> dict[str, str]:
     if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
         return dict(os.environ)
     return {**os.environ, "GOMP_SPINCOUNT": str(SPIN_COUNT)}
-
-
-def _reported(frame: RankError) -> ForebayError:
-    if frame.code == ModelError.code:
-        return ModelError(frame.message)
-    return RankLost(f"rank 0 failed: {frame.message}")

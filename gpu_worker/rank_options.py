@@ -23,8 +23,8 @@ class RankOptions:
     has `num_blocks` blocks, else as many as `kv_cache_bytes` (per rank) hold, else what the rank
     finds fit. `max_model_len` None takes the model's own. `max_num_batched_tokens` bounds one
     step's tokens over all sequences. `num_threads` None shares the cores among the ranks.
-    `collective_timeout_s` bounds each exchange between ranks. `stub_step_s` is how long a step of
-    the stub engine takes.
+    `collective_timeout_s` bounds each exchange between ranks. Every `progress_interval_s` rank 0
+    reports the progress of a long step. `stub_step_s` is how long one of the stub engine takes.
     """
 
     model_path: str
@@ -37,6 +37,7 @@ class RankOptions:
     max_num_batched_tokens: int
     num_threads: int | None
     collective_timeout_s: float
+    progress_interval_s: float
     log_level: LogLevel
     log_format: LogFormat
     num_blocks: int | None = None

@@ -5,10 +5,11 @@ They share a stream socket pair, inherited by rank 0. A frame is
     length of the payload: uint32, big-endian | kind: uint8 | payload: msgpack, see `wire.codec`
 
     to rank 0      AddRequests, AbortRequests, Stop
-    from rank 0    RankReady (once, first), then StepOutput after each step; or RankError, last
+    from rank 0    RankReady (once, first), then StepOutput after each step, StepProgress during a
+                   long one; or RankError, last
 
 Either side's end of file means that the other one is gone: the rank exits, the orchestrator
-ends the group. Ranks above 0 have no socket; they hear from rank 0 alone.
+ends all ranks. Ranks above 0 have no socket; they hear from rank 0 alone.
 
 `RankChannel` is the rank's blocking side and `RankConnection` the orchestrator's asyncio side.
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+import threading
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -129,6 +131,13 @@ class StepOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class StepProgress:
+    """A step that is still running has got further; `num_layers` counts all since the start."""
+
+    num_layers: int
+
+
+@dataclass(frozen=True, slots=True)
 class RankError:
     """The rank is about to exit with a status other than 0, and why; `code` as in `wire.errors`."""
 
@@ -137,7 +146,7 @@ class RankError:
 
 
 ToRank: TypeAlias = AddRequests | AbortRequests | Stop
-FromRank: TypeAlias = RankReady | StepOutput | RankError
+FromRank: TypeAlias = RankReady | StepOutput | StepProgress | RankError
 Frame: TypeAlias = ToRank | FromRank
 
 _KINDS: dict[int, type[Frame]] = {
@@ -147,6 +156,7 @@ _KINDS: dict[int, type[Frame]] = {
     16: RankReady,
     17: StepOutput,
     18: RankError,
+    19: StepProgress,
 }
 _KIND_OF = {frame_type: kind for kind, frame_type in _KINDS.items()}
 _HEADER = struct.Struct(">IB")
@@ -174,11 +184,12 @@ def _parse_header(header: bytes | bytearray) -> tuple[int, type[Frame]]:
 
 
 class RankChannel:
-    """Rank 0's end of the socket: blocking, for one thread."""
+    """Rank 0's end of the socket: blocking. Any thread may send, one receives."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
         self._socket.setblocking(True)
+        self._sending = threading.Lock()
         self._buffer = bytearray()
 
     def send(self, frame: FromRank) -> None:
@@ -186,7 +197,9 @@ class RankChannel:
 
         Raises OSError when the orchestrator is gone.
         """
-        self._socket.sendall(pack_frame(frame))
+        packed = pack_frame(frame)
+        with self._sending:
+            self._socket.sendall(packed)
 
     def receive(self, *, wait: bool) -> list[ToRank]:
         """All frames that have arrived, in order; with `wait`, at least one.

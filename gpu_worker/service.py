@@ -3,71 +3,114 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import os
+import time
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 
 import structlog
+from redis.asyncio import Redis
 
 from gpu_worker.engine.stub import stub_model_card
 from gpu_worker.models.card import default_model_name, load_model_card
 from gpu_worker.orchestrator import Orchestrator
-from gpu_worker.rank_group import open_ranks
+from gpu_worker.output import TextDecoder
+from gpu_worker.rank_group import RankGroup, open_ranks
 from gpu_worker.rank_options import STUB_MODEL_PATH, RankOptions
+from gpu_worker.rank_protocol import RankReady
+from gpu_worker.restarts import RestartPolicy
+from gpu_worker.supervisor import supervise
 from service.lifecycle import shutdown_signals, unless_stopped
 from service.settings import WorkerSettings
 from wire.client import connect, ping, redis_errors
+from wire.ids import GroupId
 from wire.messages import ModelCard
 
 log = structlog.get_logger(__name__)
 
+MAX_PROGRESS_INTERVAL_S = 1.0
+REPORTS_PER_TIMEOUT = 4
+
 
 async def run(settings: WorkerSettings) -> None:
-    """Serve until SIGTERM or SIGINT, then drain.
+    """Serve until SIGTERM or SIGINT, then drain. Nothing is left of the group at the end.
 
     Raises ModelError for a model that cannot be loaded, ServerUnreachable when the server does not
-    answer at the start or refuses us later, RankLost when a rank is lost on the way.
-    """
-    async with shutdown_signals() as stop, open_orchestrator(settings, stop) as orchestrator:
-        if orchestrator is not None:
-            with redis_errors(settings.redis_url.get_secret_value()):
-                await orchestrator.run(stop)
-
-
-@asynccontextmanager
-async def open_orchestrator(
-    settings: WorkerSettings, stop: asyncio.Event
-) -> AsyncIterator[Orchestrator | None]:
-    """A group whose ranks have loaded the model; None if `stop` came first.
-
-    Nothing is left of it at the end.
+    answer at the start or refuses us later, RankLost when the ranks cannot be (re)started.
     """
     url = settings.redis_url.get_secret_value()
     client, blocking_client = connect(url), connect(url, blocking=True)
     try:
-        await ping(client, url)
-        async with open_ranks(_rank_options(settings), settings.tensor_parallel_size) as ranks:
-            # While the ranks load; of what is wrong with the model this hears first.
-            card = await asyncio.to_thread(_load_card, settings)
-            ready = await unless_stopped(ranks.wait_ready(settings.load_timeout_s), stop)
-            if ready is None:
-                yield None
-                return
-            log.info(
-                "ranks ready",
-                model=card.name,
-                load_s=round(ready.load_s, 3),
-                num_blocks=ready.num_blocks,
-                max_model_len=ready.max_model_len,
-            )
-            # A small KV-cache may hold less than the model's context.
-            card = replace(card, max_model_len=min(card.max_model_len, ready.max_model_len))
-            yield Orchestrator(
-                settings, card, ranks, client=client, blocking_client=blocking_client
-            )
+        async with shutdown_signals() as stop:
+            await ping(client, url)
+            group = _Group(settings, client, blocking_client, stop)
+            with redis_errors(url):
+                await supervise(group.start_ranks, group.serve, policy=group.policy, stop=stop)
     finally:
         await client.aclose()
         await blocking_client.aclose()
+
+
+class _Group:
+    """What a group keeps while its ranks come and go: its name, its model's card."""
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        client: Redis,
+        blocking_client: Redis,
+        stop: asyncio.Event,
+    ) -> None:
+        self.policy = RestartPolicy()
+        self._settings = settings
+        self._client = client
+        self._blocking_client = blocking_client
+        self._stop = stop
+        self._group_id = GroupId(settings.group_id or os.urandom(4).hex())
+        self._model: tuple[ModelCard, TextDecoder] | None = None
+
+    def start_ranks(self) -> AbstractAsyncContextManager[RankGroup]:
+        return open_ranks(_rank_options(self._settings), self._settings.tensor_parallel_size)
+
+    async def serve(self, ranks: RankGroup) -> None:
+        """Serve with these ranks until they are lost, or the group is told to stop."""
+        ready = await unless_stopped(self._load(ranks), self._stop)
+        if ready is None:
+            return
+        assert self._model is not None
+        card, decoder = self._model
+        self.policy.ready(time.monotonic())
+        log.info(
+            "ranks restarted" if self.policy.num_restarts else "ranks ready",
+            model=card.name,
+            load_s=round(ready.load_s, 3),
+            num_blocks=ready.num_blocks,
+            max_model_len=ready.max_model_len,
+            num_restarts=self.policy.num_restarts,
+        )
+        orchestrator = Orchestrator(
+            self._settings,
+            # A small KV-cache may hold less than the model's context.
+            replace(card, max_model_len=min(card.max_model_len, ready.max_model_len)),
+            decoder,
+            ranks,
+            group_id=self._group_id,
+            client=self._client,
+            blocking_client=self._blocking_client,
+            on_answer=self.policy.answered,
+        )
+        await orchestrator.run(self._stop)
+
+    async def _load(self, ranks: RankGroup) -> RankReady:
+        if self._model is None:
+            # While the ranks load; of what is wrong with the model this hears first.
+            self._model = await asyncio.to_thread(_load_model, self._settings)
+        return await ranks.wait_ready(self._settings.load_timeout_s)
+
+
+def _load_model(settings: WorkerSettings) -> tuple[ModelCard, TextDecoder]:
+    card = _load_card(settings)
+    return card, TextDecoder(card.tokenizer_json)
 
 
 def _model_name(settings: WorkerSettings) -> str:
@@ -104,7 +147,11 @@ def _rank_options(settings: WorkerSettings) -> RankOptions:
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         num_threads=settings.threads,
-        collective_timeout_s=settings.step_timeout_s,
+        # The orchestrator ends ranks that hang; should it fail to, they end themselves later.
+        collective_timeout_s=2 * settings.step_timeout_s,
+        progress_interval_s=min(
+            MAX_PROGRESS_INTERVAL_S, settings.step_timeout_s / REPORTS_PER_TIMEOUT
+        ),
         log_level=settings.log_level,
         log_format=settings.log_format,
     )

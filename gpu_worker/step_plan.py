@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,9 +22,11 @@ class StepPlan:
         context_lens  [  8,    3]              tokens in the cache after this step
         block_tables  [[2, 9], [3, 0]]         padded with 0
         logits_rows   [  0]                    the prefill is not finished, so it samples nothing
+        wiped_blocks  []                       to be filled with zeros before the step
 
     Shapes: token_ids, positions, slot_mapping (num_tokens,); query_starts (num_seqs + 1,);
-    context_lens (num_seqs,); block_tables (num_seqs, max_num_blocks); logits_rows (num_samples,).
+    context_lens (num_seqs,); block_tables (num_seqs, max_num_blocks); logits_rows (num_samples,);
+    wiped_blocks (num_wiped,).
     """
 
     token_ids: Tensor
@@ -34,6 +36,7 @@ class StepPlan:
     context_lens: Tensor
     block_tables: Tensor
     logits_rows: Tensor
+    wiped_blocks: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
 
     @property
     def num_tokens(self) -> int:
@@ -46,12 +49,13 @@ class StepPlan:
         return self.context_lens.shape[0]
 
     def pack(self) -> Tensor:
-        """The whole plan as one (n,) int32 tensor: four sizes, then the tensors end to end."""
+        """The whole plan as one (n,) int32 tensor: five sizes, then the tensors end to end."""
         sizes = (
             self.num_tokens,
             self.num_seqs,
             self.block_tables.shape[1],
             self.logits_rows.shape[0],
+            self.wiped_blocks.shape[0],
         )
         return torch.cat(
             (
@@ -63,15 +67,16 @@ class StepPlan:
                 self.context_lens,
                 self.block_tables.flatten(),
                 self.logits_rows,
+                self.wiped_blocks,
             )
         )
 
     @staticmethod
     def unpack(packed: Tensor) -> StepPlan:
         """The inverse of `pack`. The plan's tensors are views of `packed`."""
-        num_tokens, num_seqs, max_num_blocks, num_samples = packed[:4].tolist()
+        num_tokens, num_seqs, max_num_blocks, num_samples, num_wiped = packed[:5].tolist()
         parts = torch.split(
-            packed[4:],
+            packed[5:],
             [
                 num_tokens,
                 num_tokens,
@@ -80,6 +85,7 @@ class StepPlan:
                 num_seqs,
                 num_seqs * max_num_blocks,
                 num_samples,
+                num_wiped,
             ],
         )
         return StepPlan(
@@ -90,4 +96,5 @@ class StepPlan:
             context_lens=parts[4],
             block_tables=parts[5].view(num_seqs, max_num_blocks),
             logits_rows=parts[6],
+            wiped_blocks=parts[7],
         )

@@ -14,23 +14,30 @@ from gpu_worker.step_plan import StepPlan
 
 _LOOPBACK = "lo"
 _IDLE_TIMEOUT = timedelta(days=365)
-"""Ranks wait this long for a plan: an idle group is no fault, and a dead rank 0 closes its socket,
-which ends the wait at once."""
+"""Ranks wait this long for each other to load, and for a plan: neither is a fault, and a rank that
+dies closes its sockets, which ends the wait at once."""
 
 
 class TensorParallelGroup:
     """`size` processes that compute one model together; each is one `rank`.
 
     Activations are reduced over NCCL on GPUs and gloo on the CPU, within `timeout_s` per
-    collective. Plans lie in CPU memory and always go over a gloo group of their own. A size of 1
-    needs no process group, and every collective is then the identity.
+    collective. Plans lie in CPU memory and always go over gloo, in a group of their own. A size of
+    1 needs no process group, and every collective is then the identity.
     """
 
-    def __init__(self, rank: int, size: int, control: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        control: dist.ProcessGroup | None,
+        activations: dist.ProcessGroup | None = None,
+    ) -> None:
         """Use `single` or `connect`."""
         self.rank = rank
         self.size = size
         self._control = control
+        self._activations = activations
 
     @classmethod
     def single(cls) -> TensorParallelGroup:
@@ -45,26 +52,35 @@ class TensorParallelGroup:
 
         Every rank gives the same path, on a file system that all see. It is a file because a TCP
         store would listen on every interface; gloo itself is bound to the loopback interface.
-        Raises torch.distributed.DistError or RuntimeError when they do not meet in time.
+        This waits for the others as long as it takes: whoever starts the ranks bounds their
+        loading as a whole.
         """
         if size == 1:
             return cls.single()
         os.environ["GLOO_SOCKET_IFNAME"] = _LOOPBACK
         os.environ["NCCL_SOCKET_IFNAME"] = _LOOPBACK
         dist.init_process_group(
-            backend="nccl" if device.type == "cuda" else "gloo",
+            backend="gloo",
             store=dist.FileStore(str(rendezvous), size),  # type: ignore[attr-defined]
             rank=rank,
             world_size=size,
+            timeout=_IDLE_TIMEOUT,
+        )
+        activations = dist.new_group(
+            backend="nccl" if device.type == "cuda" else "gloo",
             timeout=timedelta(seconds=timeout_s),
         )
-        control = dist.new_group(backend="gloo", timeout=_IDLE_TIMEOUT)
-        return cls(rank, size, control)
+        return cls(rank, size, dist.group.WORLD, activations)
+
+    def meet(self) -> None:
+        """Wait until all ranks are here, however long it takes."""
+        if self._control is not None:
+            dist.barrier(group=self._control)
 
     def all_reduce(self, values: Tensor) -> Tensor:
         """The sum over all ranks, in place on every rank."""
         if self.size > 1:
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=self._activations)
         return values
 
     def gather_columns(self, columns: Tensor, widths: tuple[int, ...]) -> Tensor | None:
@@ -80,10 +96,10 @@ class TensorParallelGroup:
             columns = torch.nn.functional.pad(columns, (0, widest - columns.shape[1]))
         columns = columns.contiguous()
         if self.rank != 0:
-            dist.gather(columns)
+            dist.gather(columns, group=self._activations)
             return None
         parts = [torch.empty_like(columns) for _ in widths]
-        dist.gather(columns, parts)
+        dist.gather(columns, parts, group=self._activations)
         return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], 1)
 
     def minimum(self, value: int) -> int:
@@ -119,4 +135,4 @@ class TensorParallelGroup:
         """Leave the group. No collective may follow."""
         if self._control is not None:
             dist.destroy_process_group()
-            self._control = None
+            self._control = self._activations = None

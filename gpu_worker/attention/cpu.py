@@ -148,13 +148,17 @@ def _decode_group(
     sequences = torch.tensor(group, dtype=torch.int64)
     context_lens = plan.context_lens[sequences]
     num_slots = num_blocks * pages.shape.block_size
+    tables = plan.block_tables[sequences, :num_blocks]
     bias = None
     if int(context_lens[0]) < num_slots:
         beyond = torch.arange(num_slots) >= context_lens[:, None]
         bias = torch.zeros(len(group), 1, 1, num_slots)
         bias.masked_fill_(beyond[:, None, None, :], -torch.inf)
+        # A masked slot's weight is 0, and 0 times NaN is NaN: what is read beyond a sequence's end
+        # must be its own, so that a neighbour whose numbers went bad does not spoil it.
+        tables = torch.where(beyond[:, :: pages.shape.block_size], tables[:, :1], tables)
     return _DecodeGroup(
         rows=plan.query_starts[sequences].long(),
-        block_rows=pages.block_rows(plan.block_tables[sequences, :num_blocks].flatten()),
+        block_rows=pages.block_rows(tables.flatten()),
         bias=bias,
     )

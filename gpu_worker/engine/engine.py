@@ -24,6 +24,9 @@ from wire.errors import InvalidRequest, RequestTooLong
 from wire.ids import RequestId, TokenIds, token_ids
 from wire.messages import Assignment, ErrorInfo
 
+NUMERICAL_ERROR = "numerical_error"
+"""The error code of a request for which the model gave NaN or infinite logits."""
+
 _NUM_SALTS = 1024
 
 
@@ -72,6 +75,7 @@ class Engine:
         self._sampler = Sampler(max_num_seqs=options.max_num_seqs, vocab_size=model.vocab_size)
         self._sequences: dict[RequestId, Sequence] = {}
         self._ended_early: list[SequenceOutput] = []  # refused, or complete as they came
+        self._to_wipe: list[int] = []  # blocks with numbers that are none, before the next step
         self._num_generated_tokens = 0
 
         @lru_cache(maxsize=_NUM_SALTS)
@@ -103,7 +107,9 @@ class Engine:
         try:
             self._validate(assignment)
         except InvalidRequest as error:
-            self._ended_early.append(_refusal(assignment, error))
+            self._ended_early.append(
+                _failure(assignment, ErrorInfo(error.code, str(error), error.field))
+            )
             return
         sequence = self._make_sequence(assignment)
         end = sequence.end() if sequence.num_generated else None
@@ -126,7 +132,8 @@ class Engine:
         outputs, self._ended_early = self._ended_early, []
         schedule = self._scheduler.schedule()
         if schedule:
-            plan, sampling = self._step_builder.build(schedule)
+            plan, sampling = self._step_builder.build(schedule, self._to_wipe)
+            self._to_wipe = []
             logits = self._runner.execute(plan)
             self._scheduler.complete(schedule)
             if sampling:
@@ -179,14 +186,26 @@ class Engine:
         outputs = []
         logprobs = sampled.logprobs or [None] * len(sampling)
         for sequence, token_id, logprob in zip(sampling, sampled.token_ids, logprobs, strict=True):
+            if token_id is None:
+                outputs.append(self._fail(sequence))
+                continue
             sequence.append(token_id)
             end = sequence.end()
             if end is not None:
                 del self._sequences[sequence.request_id]
                 self._scheduler.remove(sequence)
             outputs.append(_output(sequence, (token_id,), logprob, end))
-        self._num_generated_tokens += len(outputs)
+            self._num_generated_tokens += 1
         return outputs
+
+    def _fail(self, sequence: Sequence) -> SequenceOutput:
+        """End a sequence for which the model gave numbers that are none; its neighbours go on."""
+        del self._sequences[sequence.request_id]
+        self._to_wipe += self._scheduler.discard(sequence)
+        message = (
+            f"the model's logits for token {sequence.num_generated} of the answer are not finite"
+        )
+        return _failure(sequence.assignment, ErrorInfo(NUMERICAL_ERROR, message))
 
     def _stats(self, num_step_tokens: int, step_s: float) -> EngineStats:
         scheduler = self._scheduler
@@ -222,10 +241,10 @@ def _output(
     )
 
 
-def _refusal(assignment: Assignment, error: InvalidRequest) -> SequenceOutput:
+def _failure(assignment: Assignment, error: ErrorInfo) -> SequenceOutput:
     return SequenceOutput(
         request_id=assignment.request_id,
         fence=assignment.fence,
-        error=ErrorInfo(error.code, str(error), error.field),
+        error=error,
         num_prompt_tokens=len(assignment.prompt_token_ids),
     )

@@ -70,6 +70,16 @@ class IterationScheduler:
             self._release(sequence)
             self.running.remove(sequence)
 
+    def discard(self, sequence: Sequence) -> list[int]:
+        """Remove a running sequence whose keys and values are no good, and let nobody reuse them.
+
+        Returns the blocks that nobody holds any more, to be wiped before they are read again.
+        """
+        block_ids = sequence.block_table
+        self.pool.forget(block_ids)
+        self.remove(sequence)
+        return [block_id for block_id in block_ids if self.pool.num_free_among((block_id,))]
+
     def schedule(self) -> Schedule:
         """Decide on the next step; empty when there is nothing to compute."""
         schedule: Schedule = {}

@@ -7,6 +7,9 @@
 
 Log probabilities are those of the model itself, before penalties and temperature. When all rows
 are greedy and none asks for anything, sampling is a single argmax.
+
+A row whose logits are not finite (it holds a NaN or +inf, or nothing but -inf) gives no token. Its
+maximum, which is needed anyway, tells: NaN counts as the greatest of all.
 """
 
 from __future__ import annotations
@@ -29,11 +32,16 @@ from wire.ids import token_ids
 _MIN_TEMPERATURE = 1e-5
 """Lower ones act the same on float32 logits, and could divide by a zero."""
 
+_NO_TOKEN = -1
+
 
 class Sampled(NamedTuple):
-    """The next token of each sequence, and its log probability where the request asks for it."""
+    """The next token of each sequence, and its log probability where the request asks for it.
 
-    token_ids: list[int]
+    The token is None where the sequence's logits are not finite.
+    """
+
+    token_ids: list[int | None]
     logprobs: list[RawLogprob | None] | None
 
 
@@ -61,7 +69,7 @@ class Sampler:
         """
         rows = self._rows(sequences)
         if self._is_plain[rows].all():
-            return Sampled(logits.argmax(1).tolist(), None)
+            return Sampled(_to_list(*_most_likely(logits)), None)
         wants_logprobs = np.flatnonzero(self._num_logprobs[rows])
         raw = logits[_index(wants_logprobs, logits)] if wants_logprobs.size else None
         penalized = np.flatnonzero(self._has_penalties[rows]).tolist()
@@ -69,14 +77,14 @@ class Sampler:
             apply_penalties(logits, {i: sequences[i] for i in penalized})
         for i in np.flatnonzero(self._needs_mask[rows]).tolist():
             mask_early_stops(logits[i], sequences[i])
-        chosen = self._choose(logits, rows, sequences)
+        chosen, best = self._choose(logits, rows, sequences)
         if raw is None:
-            return Sampled(chosen.tolist(), None)
+            return Sampled(_to_list(chosen, best), None)
         found = self._logprobs(raw, chosen[_index(wants_logprobs, logits)], rows[wants_logprobs])
         logprobs: list[RawLogprob | None] = [None] * len(sequences)
         for i, logprob in zip(wants_logprobs.tolist(), found, strict=True):
             logprobs[i] = logprob
-        return Sampled(chosen.tolist(), logprobs)
+        return Sampled(_to_list(chosen, best), logprobs)
 
     def _rows(self, sequences: Seq[Sequence]) -> npt.NDArray[np.intp]:
         rows = [sequence.row for sequence in sequences]
@@ -106,26 +114,28 @@ class Sampler:
 
     def _choose(
         self, logits: Tensor, rows: npt.NDArray[np.intp], sequences: Seq[Sequence]
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        """The token of each row, and the row's highest logit."""
         drawn = np.flatnonzero(self._temperature[rows])
         if not drawn.size:
-            return logits.argmax(1)
+            return _most_likely(logits)
         positions = np.array([sequences[i].num_generated for i in drawn.tolist()], np.uint64)
         if drawn.size == len(sequences):
             return self._draw(logits, rows, positions)
-        chosen = logits.argmax(1)
+        chosen, best = _most_likely(logits)
         where = _index(drawn, logits)
-        chosen[where] = self._draw(logits[where], rows[drawn], positions)
-        return chosen
+        chosen[where] = self._draw(logits[where], rows[drawn], positions)[0]
+        return chosen, best
 
     def _draw(
         self, logits: Tensor, rows: npt.NDArray[np.intp], positions: npt.NDArray[np.uint64]
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         def parameter(table: npt.NDArray[np.generic]) -> Tensor:
             return torch.from_numpy(table[rows]).to(logits.device)
 
         temperature = parameter(self._temperature).clamp_(min=_MIN_TEMPERATURE)
-        scores = logits.sub_(logits.amax(1, keepdim=True)).div_(temperature.unsqueeze(1))
+        best = logits.amax(1)
+        scores = logits.sub_(best.unsqueeze(1)).div_(temperature.unsqueeze(1))
         unfiltered = (
             (self._top_k[rows] == self._vocab_size)
             & (self._top_p[rows] == 1.0)
@@ -137,7 +147,7 @@ class Sampler:
             )
             scores.masked_fill_(scores < thresholds.unsqueeze(1), -torch.inf)
         shares = torch.from_numpy(uniforms(self._seeds[rows], positions))
-        return draw(scores, shares.to(logits.device))
+        return draw(scores, shares.to(logits.device)), best
 
     def _logprobs(
         self, raw: Tensor, chosen: Tensor, rows: npt.NDArray[np.intp]
@@ -153,6 +163,19 @@ class Sampler:
                 zip(chosen.tolist(), own, counts.tolist(), strict=True)
             )
         ]
+
+
+def _most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The first token with the highest logit of each row, and that logit."""
+    chosen = logits.argmax(1)
+    return chosen, logits.gather(1, chosen.unsqueeze(1)).squeeze(1)
+
+
+def _to_list(chosen: Tensor, best: Tensor) -> list[int | None]:
+    """The tokens, None where the row's highest logit is not finite."""
+    # In one transfer from the device: a second one would wait for it a second time.
+    marked = torch.where(best.isfinite(), chosen, _NO_TOKEN).tolist()
+    return [None if token_id == _NO_TOKEN else token_id for token_id in marked]
 
 
 def _index(positions: npt.NDArray[np.intp], like: Tensor) -> Tensor:

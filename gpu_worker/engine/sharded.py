@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from gpu_worker.engine.engine import Engine, EngineModel
+from gpu_worker.engine.step_builder import first_step
+from gpu_worker.layer_progress import LayerCounter
 from gpu_worker.model_runner import ModelRunner
 from gpu_worker.rank_options import RankOptions
 from gpu_worker.step_plan import StepPlan
@@ -37,11 +39,17 @@ class LeadRunner:
 class ShardedEngine(Engine):
     """Rank 0's engine. Leaving it as a context releases the other ranks."""
 
-    def __init__(self, size: int, rendezvous: Path, options: RankOptions) -> None:
-        self._group, model = _load(0, size, rendezvous, options)
+    def __init__(
+        self, size: int, rendezvous: Path, options: RankOptions, layers: LayerCounter
+    ) -> None:
+        self._group, model = _load(0, size, rendezvous, options, layers)
         config = model.config
+        runner = LeadRunner(model, self._group)
+        # What is set up by the first step (connections, libraries' handles, kernels) would else
+        # delay, or on a bad day fail, a request; loading may take the time.
+        runner.execute(first_step())
         super().__init__(
-            LeadRunner(model, self._group),
+            runner,
             EngineModel(
                 vocab_size=config.vocab_size,
                 max_model_len=config.max_model_len,
@@ -73,14 +81,14 @@ def follow(rank: int, size: int, rendezvous: Path, options: RankOptions) -> None
 
     Raises ModelError if the model cannot be loaded, and what torch raises when rank 0 is gone.
     """
-    group, model = _load(rank, size, rendezvous, options)
+    group, model = _load(rank, size, rendezvous, options, LayerCounter())
     while (plan := group.receive_plan()) is not None:
         model.execute(plan)
     group.close()
 
 
 def _load(
-    rank: int, size: int, rendezvous: Path, options: RankOptions
+    rank: int, size: int, rendezvous: Path, options: RankOptions, layers: LayerCounter
 ) -> tuple[TensorParallelGroup, ModelRunner]:
     torch.set_num_threads(options.num_threads or max(1, _num_cores() // size))
     device = _device(rank)
@@ -96,7 +104,9 @@ def _load(
         num_blocks=options.num_blocks,
         kv_cache_bytes=options.kv_cache_bytes,
         max_model_len=options.max_model_len,
+        layers=layers,
     )
+    group.meet()
     return group, model
 
 

@@ -24,7 +24,7 @@ class StepBuilder:
         self._block_tables = np.zeros((max_num_seqs, max_blocks_per_seq), np.int32)
         self._block_size = block_size
 
-    def build(self, schedule: Schedule) -> tuple[StepPlan, list[Sequence]]:
+    def build(self, schedule: Schedule, wiped_blocks: list[int]) -> tuple[StepPlan, list[Sequence]]:
         """The plan, and the sequences that sample, in the order of its `logits_rows`."""
         tokens = array("I")
         sampling: list[Sequence] = []
@@ -65,6 +65,7 @@ class StepBuilder:
             context_lens=_int32(context_lens),
             block_tables=_int32(self._block_tables[rows, :max_num_blocks]),
             logits_rows=_int32(logits_rows),
+            wiped_blocks=torch.tensor(wiped_blocks, dtype=torch.int32),
         )
         return plan, sampling
 
@@ -75,6 +76,20 @@ class StepBuilder:
         # What an earlier sequence left behind must not reach the plan: its padding is 0.
         row[num_blocks:] = 0
         sequence.block_table_changed = False
+
+
+def first_step() -> StepPlan:
+    """A step of one token, in a block that nobody holds yet, to set up what steps need."""
+    zero, one = torch.zeros(1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    return StepPlan(
+        token_ids=zero,
+        positions=zero,
+        slot_mapping=zero,
+        query_starts=torch.cat((zero, one)),
+        context_lens=one,
+        block_tables=zero.unsqueeze(0),
+        logits_rows=zero,
+    )
 
 
 def _int32(values: npt.NDArray[np.int32] | npt.NDArray[np.uint32]) -> torch.Tensor:

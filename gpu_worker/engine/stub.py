@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from gpu_worker.layer_progress import LayerCounter
 from gpu_worker.rank_options import RankOptions
 from gpu_worker.rank_protocol import EngineStats, SequenceOutput, StepOutput
 from wire.ids import RequestId, TokenIds
@@ -22,6 +23,7 @@ _EOS_TOKEN = "<|end|>"
 _EOS_TOKEN_ID = 0
 _VOCAB_SIZE = 257
 _FILLER_TOKEN_ID = 1
+_NUM_LAYERS = 10
 _CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
 
@@ -89,14 +91,15 @@ class _Echo:
 
 
 class StubEngine:
-    """Has the methods of `Engine`; a step takes `options.stub_step_s`."""
+    """Has the methods of `Engine`; a step takes `options.stub_step_s`, in ten equal layers."""
 
-    def __init__(self, options: RankOptions) -> None:
+    def __init__(self, options: RankOptions, layers: LayerCounter) -> None:
         self.max_model_len = options.max_model_len or STUB_MAX_MODEL_LEN
         self.vocab_size = _VOCAB_SIZE
         self.num_blocks = options.max_num_seqs * -(-self.max_model_len // options.block_size)
         self._max_num_seqs = options.max_num_seqs
         self._step_s = options.stub_step_s
+        self._layers = layers
         self._requests: dict[RequestId, _Echo] = {}  # in order of arrival
         self._ended_early: list[SequenceOutput] = []
         self._num_generated = 0
@@ -135,7 +138,7 @@ class StubEngine:
 
     def step(self) -> StepOutput:
         """One token for each of the oldest requests, as many as run at a time."""
-        time.sleep(self._step_s)
+        self._compute_layers()
         outputs, self._ended_early = self._ended_early, []
         running = list(self._requests.values())[: self._max_num_seqs]
         for echo in running:
@@ -155,6 +158,14 @@ class StubEngine:
             num_generated_tokens_total=self._num_generated,
         )
         return StepOutput(tuple(outputs), stats)
+
+    def _compute_layers(self) -> None:
+        if not self._step_s:
+            time.sleep(0)  # a model would not keep the core for itself either
+            return
+        for _ in range(_NUM_LAYERS):
+            time.sleep(self._step_s / _NUM_LAYERS)
+            self._layers.add()
 
 
 def _refusal(assignment: Assignment) -> SequenceOutput:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cache.pages import KVPages, LayerPages
 from gpu_worker.attention.interface import PagedAttention
+from gpu_worker.layer_progress import LayerCounter
 from gpu_worker.layers.embedding import VocabParallelEmbedding, VocabParallelHead
 from gpu_worker.layers.mlp import GatedMLP
 from gpu_worker.layers.norm import RMSNorm
@@ -60,8 +61,9 @@ class Decoder:
         logits_rows: Tensor,
         pages: KVPages,
         paged_attention: PagedAttention,
+        done: LayerCounter,
     ) -> Tensor | None:
-        """One step. All index tensors are int64 on the model's device.
+        """One step; `done` counts its layers. All index tensors are int64 on the model's device.
 
         Returns (len(logits_rows), vocab_size) float32 logits on rank 0, None on other ranks.
         """
@@ -70,4 +72,5 @@ class Decoder:
         slot_rows = pages.slot_rows(slot_mapping)
         for index, layer in enumerate(self.layers):
             hidden = layer(hidden, rotation, slot_rows, pages.layer(index), paged_attention)
+            done.add()
         return self.head(self.norm(hidden[logits_rows]))

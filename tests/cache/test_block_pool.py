@@ -92,6 +92,34 @@ def test_what_another_sequence_holds_is_not_evicted_when_one_lets_go() -> None:
     assert pool.allocate(2) is not None
 
 
+def test_what_is_forgotten_is_found_by_nobody_with_all_that_continues_it() -> None:
+    pool = BlockPool(8, BLOCK_SIZE)
+    bad = fill(pool, chain(1, 1, 2, 2, 3, 3))
+    other = fill(pool, chain(1, 1, 4, 4))
+    unrelated = fill(pool, chain(5, 5))
+    pool.forget(bad[1:])
+    assert pool.find_prefix(chain(1, 1, 2, 2)) == bad[:1]
+    assert pool.find_prefix(chain(1, 1, 4, 4)) == other
+    pool.forget(bad)
+    assert pool.find_prefix(chain(1, 1, 4, 4)) == []
+    assert pool.find_prefix(chain(5, 5)) == unrelated
+    pool.check_integrity([bad, other, unrelated])
+    for table in (bad, other, unrelated):
+        pool.free(table)
+    pool.check_integrity([])
+
+
+def test_behind_a_forgotten_block_nothing_is_registered() -> None:
+    pool = BlockPool(4, BLOCK_SIZE)
+    first, second = chain(1, 1, 2, 2)
+    table = pool.allocate(2) or []
+    pool.register(table[0], first, None)
+    pool.forget(table[:1])
+    assert pool.register(table[1], second, table[0]) == table[1]
+    assert pool.find_prefix([first, second]) == []
+    pool.check_integrity([table])
+
+
 class Sequences(RuleBasedStateMachine):
     """Sequences over a two-letter alphabet, so that prefixes are shared often, in a tiny pool."""
 
@@ -134,6 +162,11 @@ class Sequences(RuleBasedStateMachine):
             block_id = self.pool.register(table[i], hashes[i], table[i - 1] if i else None)
             table[i] = block_id
             self.contents[block_id] = tuple(tokens[: (i + 1) * BLOCK_SIZE])
+
+    @rule(sequence=tables)
+    def forget(self, sequence: tuple[list[int], list[int]]) -> None:
+        """Let nobody find what a sequence has, which it may go on to hold."""
+        self.pool.forget(sequence[1])
 
     @rule(sequence=consumes(tables))
     def finish(self, sequence: tuple[list[int], list[int]]) -> None:

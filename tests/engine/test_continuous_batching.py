@@ -17,10 +17,11 @@ import torch
 from tokenizers import Tokenizer
 
 from gpu_worker.engine.sharded import ShardedEngine
+from gpu_worker.layer_progress import LayerCounter
 from gpu_worker.models.card import load_model_card
 from gpu_worker.rank_group import open_ranks
 from gpu_worker.rank_options import RankOptions
-from gpu_worker.rank_protocol import AddRequests, EngineStats, StepOutput
+from gpu_worker.rank_protocol import AddRequests, EngineStats, StepOutput, StepProgress
 from support.engine_fakes import assignment, rank_options, run_to_end, tokens_of
 from support.greedy_reference import assert_greedy, load_reference
 from support.model_files import gguf_path, hf_model_dir
@@ -93,7 +94,7 @@ def requests_for(prompts: dict[str, list[int]]) -> list[Assignment]:
 
 
 def run_in_process(path: Path, requests: list[Assignment], folder: Path) -> OneRun:
-    with ShardedEngine(1, folder / "rendezvous", options_for(path)) as engine:
+    with ShardedEngine(1, folder / "rendezvous", options_for(path), LayerCounter()) as engine:
         arrivals = {step: requests[step : step + 3] for step in range(0, len(requests), 3)}
         outputs = run_to_end(engine, arrivals)
         stats = engine.step().stats
@@ -114,6 +115,8 @@ async def run_ranks(path: Path, requests: list[Assignment]) -> OneRun:
         await group.send(AddRequests(tuple(waiting.pop(0))))
         while num_unfinished:
             frame = await group.receive()
+            if isinstance(frame, StepProgress):
+                continue
             assert isinstance(frame, StepOutput)
             stats = frame.stats
             if waiting:

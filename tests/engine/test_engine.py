@@ -3,10 +3,15 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
+from torch import Tensor
 
+from gpu_worker.engine.engine import Engine
 from gpu_worker.rank_protocol import SequenceOutput
+from gpu_worker.step_plan import StepPlan
 from support.engine_fakes import (
     VOCAB_SIZE,
+    HashingRunner,
     assignment,
     greedy_continuation,
     hashing_engine,
@@ -200,6 +205,96 @@ def test_an_aborted_request_is_not_heard_of_again_and_its_blocks_are_free() -> N
     assert set(outputs) == {"kept"}
     stats = engine.step().stats
     assert stats.num_free_blocks == stats.num_blocks
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 5], ids=["waiting", "prefilling", "generating"])
+def test_an_abort_frees_row_and_blocks_before_the_next_step(num_steps: int) -> None:
+    """The only row goes to the next request in the very next step, and the figures say so."""
+    engine, _ = hashing_engine(options=rank_options(max_num_seqs=1, max_num_batched_tokens=4))
+    engine.add(assignment("unwanted", PROMPT))
+    for _ in range(num_steps):
+        engine.step()
+    engine.abort(RequestId("unwanted"))
+    engine.add(assignment("next", [1, 2, 3]))
+    step = engine.step()
+    assert [output.request_id for output in step.outputs] == ["next"]
+    assert step.stats.num_running == 1
+    assert step.stats.num_free_blocks == step.stats.num_blocks - 1
+    engine.abort(RequestId("next"))
+    stats = engine.step().stats
+    assert (stats.num_running, stats.num_waiting, stats.kv_cache_usage) == (0, 0, 0.0)
+    engine.check_integrity()
+
+
+# Numbers that are none
+
+
+class SpoilingRunner:
+    """Passes steps on, and spoils the logits of the sequences whose last token is `victim`."""
+
+    def __init__(self, runner: HashingRunner, victim: int) -> None:
+        self.plans: list[StepPlan] = []
+        self._runner = runner
+        self._victim = victim
+
+    def execute(self, plan: StepPlan) -> Tensor:
+        self.plans.append(plan)
+        logits = self._runner.execute(plan)
+        logits[plan.token_ids[plan.logits_rows] == self._victim] = torch.nan
+        return logits
+
+
+def spoiling_engine(victim: int) -> tuple[Engine, SpoilingRunner]:
+    engine, runner = hashing_engine()
+    spoiling = SpoilingRunner(runner, victim)
+    engine._runner = spoiling
+    return engine, spoiling
+
+
+def test_a_sequence_without_finite_logits_ends_in_an_error_and_its_neighbours_go_on() -> None:
+    expected, neighbours = greedy_continuation(PROMPT, 16), greedy_continuation([1, 2], 16)
+    num_good = next(i for i in range(3, 16) if expected[i - 1] not in neighbours)
+    engine, _ = spoiling_engine(victim=expected[num_good - 1])
+    outputs = run_to_end(engine, {0: [assignment("good", [1, 2]), assignment("bad", PROMPT)]})
+    assert tokens_of(outputs["bad"]) == expected[:num_good], "it keeps what it had"
+    last = outputs["bad"][-1]
+    assert (last.finish_reason, list(last.token_ids)) == (None, [])
+    assert last.error is not None
+    assert last.error.code == "numerical_error"
+    assert [output.error for output in outputs["bad"][:-1]] == [None] * num_good
+    assert tokens_of(outputs["good"]) == neighbours
+    stats = engine.step().stats
+    assert stats.num_free_blocks == stats.num_blocks
+    assert stats.num_generated_tokens_total == num_good + 16
+
+
+def test_what_a_failed_sequence_has_cached_is_used_by_nobody_and_wiped() -> None:
+    """Else another attempt, or another request with this prefix, would meet the same NaN."""
+    prompt = list(range(16))
+    engine, runner = spoiling_engine(victim=prompt[-1])
+    run_to_end(engine, {0: [assignment("bad", prompt)]})
+    assert runner.plans[-1].num_tokens == 16
+    again = run_to_end(engine, {0: [assignment("again", [*prompt, 3])]})["again"]
+    assert again[0].num_cached_tokens == 0
+    [wiping] = [plan for plan in runner.plans if len(plan.wiped_blocks)]
+    assert wiping is runner.plans[1], "the first that could read them"
+    assert set(runner.plans[0].block_tables[0].tolist()) == set(wiping.wiped_blocks.tolist())
+    assert tokens_of(again) == greedy_continuation([*prompt, 3], 16)
+
+
+def test_blocks_that_another_sequence_holds_are_not_wiped_under_it() -> None:
+    prefix = list(range(8))
+    engine, runner = spoiling_engine(victim=50)
+    outputs = run_to_end(
+        engine,
+        {0: [assignment("holder", [*prefix, 1])], 2: [assignment("bad", [*prefix, 50])]},
+    )
+    assert outputs["bad"][-1].error is not None
+    shared = runner.plans[0].block_tables[0].tolist()[:2]
+    wiped = {block for plan in runner.plans for block in plan.wiped_blocks.tolist()}
+    assert wiped
+    assert not wiped & set(shared)
+    assert tokens_of(outputs["holder"]) == greedy_continuation([*prefix, 1], 16)
 
 
 def test_a_higher_fence_replaces_a_request_and_a_lower_or_equal_one_does_not() -> None:

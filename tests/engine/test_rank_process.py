@@ -93,7 +93,7 @@ async def test_an_aborted_request_is_gone_a_step_later(tmp_path: Path) -> None:
         await one.connection.send(AbortRequests((RequestId("a"),)))
         await one.connection.send(AddRequests((assignment("b", [1]),)))
         while "b" not in (names := [o.request_id for o in (await one.receive_output()).outputs]):
-            assert names == ["a"], "steps from before the abort"
+            assert names in (["a"], []), "steps from before the abort, or the abort's own"
         assert names == ["b"]
 
 

@@ -102,7 +102,7 @@ def test_a_batch_samples_what_a_slow_row_by_row_reference_does() -> None:
         ]
         sampled = sampler.sample(logits.clone(), sequences).token_ids
         assert sampled == expected
-        for sequence, token_id in zip(sequences, sampled, strict=True):
+        for sequence, token_id in zip(sequences, expected, strict=True):
             sequence.append(token_id)
 
 
@@ -144,12 +144,12 @@ def test_tokens_come_as_often_as_their_probability_says(
     sampler = Sampler(max_num_seqs=num_draws, vocab_size=4)
     sequences = [running(replace(params, seed=row), row) for row in range(num_draws)]
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().repeat(num_draws, 1)
-    counts = np.bincount(sampler.sample(logits, sequences).token_ids, minlength=4)
+    drawn = Counter(sampler.sample(logits, sequences).token_ids)
     # Four standard deviations of a binomial share: one in 16,000 such tests would fail by chance,
     # and this one, its seeds being fixed, always or never.
-    for count, probability in zip(counts, kept, strict=True):
+    for token_id, probability in enumerate(kept):
         tolerance = 4 * np.sqrt(probability * (1 - probability) / num_draws)
-        assert abs(count / num_draws - probability) <= tolerance
+        assert abs(drawn[token_id] / num_draws - probability) <= tolerance
 
 
 def test_tokens_that_tie_with_the_last_one_kept_are_kept_whatever_the_order() -> None:
@@ -181,6 +181,41 @@ def test_logprobs_are_the_models_own_before_penalties_and_temperature() -> None:
     assert list(first.top_token_ids) == best.indices.tolist()
     assert list(first.top_logprobs) == pytest.approx(best.values.tolist(), abs=1e-5)
     assert (list(last.top_token_ids), last.top_logprobs) == ([], ())
+
+
+@pytest.mark.parametrize("bad", ["a NaN", "an infinity", "nothing"])
+@pytest.mark.parametrize("params", [[GREEDY], PARAMS, [replace(GREEDY, logprobs=2)], [PARAMS[3]]])
+def test_a_row_that_is_not_finite_gives_no_token_and_changes_no_other(
+    params: list[SamplingParams], bad: str
+) -> None:
+    """In greedy, drawn and mixed batches; every row but the odd ones is as it should be."""
+    params = (params * 6)[: max(6, len(params))]
+    sampler = Sampler(max_num_seqs=len(params), vocab_size=VOCAB_SIZE)
+    sequences = [running(each, row) for row, each in enumerate(params)]
+    logits = random_logits(len(params))
+    expected = sampler.sample(logits.clone(), sequences)
+    match bad:
+        case "a NaN":
+            logits[1::2, 77] = torch.nan
+        case "an infinity":
+            logits[1::2, 77] = torch.inf
+        case "nothing":
+            logits[1::2] = -torch.inf
+    found = sampler.sample(logits, sequences)
+    assert found.token_ids[::2] == expected.token_ids[::2]
+    assert found.token_ids[1::2] == [None] * len(found.token_ids[1::2])
+    if expected.logprobs is not None:
+        assert found.logprobs is not None
+        assert found.logprobs[::2] == expected.logprobs[::2]
+
+
+def test_a_token_that_is_impossible_is_no_fault() -> None:
+    sampler = Sampler(max_num_seqs=2, vocab_size=VOCAB_SIZE)
+    logits = random_logits(2)
+    logits[:, ::2] = -torch.inf
+    for token_id in sampler.sample(logits, [running(p, i) for i, p in enumerate(PARAMS[2:4])])[0]:
+        assert token_id is not None
+        assert token_id % 2 == 1
 
 
 def test_the_vocabulary_may_have_any_size() -> None:

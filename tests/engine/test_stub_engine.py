@@ -7,6 +7,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from gpu_worker.engine.stub import StubEngine, stub_model_card
+from gpu_worker.layer_progress import LayerCounter
 from gpu_worker.rank_protocol import SequenceOutput
 from support.engine_fakes import assignment, rank_options, tokens_of
 from wire.ids import RequestId
@@ -17,7 +18,7 @@ EOS = 0
 
 
 def run_stub(*requests: Assignment) -> dict[str, list[SequenceOutput]]:
-    engine = StubEngine(rank_options(max_num_seqs=2, max_model_len=32))
+    engine = StubEngine(rank_options(max_num_seqs=2, max_model_len=32), LayerCounter())
     for request in requests:
         engine.add(request)
     outputs: dict[str, list[SequenceOutput]] = {}
@@ -81,7 +82,7 @@ def test_more_requests_than_rows_are_served_in_turn_and_bad_ones_refused() -> No
 
 
 def test_an_aborted_request_is_not_heard_of_again() -> None:
-    engine = StubEngine(rank_options())
+    engine = StubEngine(rank_options(), LayerCounter())
     engine.add(assignment("a", [1]))
     engine.add(assignment("b", []))
     engine.abort(RequestId("a"))

@@ -104,6 +104,28 @@ def test_a_sequence_does_not_see_slots_beyond_its_context() -> None:
     torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("victim", range(4))
+def test_a_sequence_whose_numbers_went_bad_spoils_no_other(victim: int) -> None:
+    """Also where its first block is block 0, with which the shorter ones' tables are padded."""
+    plan, pages, num_tokens = make_step([(1, 50), (1, 4), (1, 29), (3, 4)], 16, 1)
+    first = int(plan.block_tables[victim, 0])
+    swap = {0: first, first: 0}
+    num_blocks_of = [-(-length // 16) for length in plan.context_lens.tolist()]
+    for row, num_blocks in enumerate(num_blocks_of):
+        for i in range(num_blocks):
+            block = int(plan.block_tables[row, i])
+            plan.block_tables[row, i] = swap.get(block, block)
+    heads = HeadMap.build((0, 0, 0, 1, 1, 1, 2, 2, 2), CPU)
+    query = torch.randn(num_tokens, 9, HEAD_DIM)
+    before = CpuAttention(plan, pages)(query, pages.layer(0), heads, 1.0)
+    pages.data[plan.block_tables[victim, : num_blocks_of[victim]].long()] = torch.nan
+    after = CpuAttention(plan, pages)(query, pages.layer(0), heads, 1.0)
+    starts = plan.query_starts.tolist()
+    others = [r for r in range(num_tokens) if not starts[victim] <= r < starts[victim + 1]]
+    torch.testing.assert_close(after[others], before[others], rtol=0, atol=0)
+    assert after[starts[victim]].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_stays_near_the_reference(dtype: torch.dtype) -> None:
     plan, wide, num_tokens = make_step([(1, 100), (1, 3), (7, 30), (5, 0)], 16, 2)

@@ -37,6 +37,15 @@ def test_layers_do_not_share_pages() -> None:
     assert not values.any()
 
 
+def test_wiped_blocks_hold_zeros_in_all_layers_and_others_what_they_held() -> None:
+    pages = KVPages(SHAPE, 4, CPU)
+    pages.data.fill_(torch.nan)
+    with torch.inference_mode():
+        pages.wipe(torch.tensor([2, 0]))
+    assert not pages.data[[0, 2]].any()
+    assert pages.data[[1, 3]].isnan().all()
+
+
 def test_bytes_per_block_is_what_a_block_takes() -> None:
     pages = KVPages(SHAPE, 7, CPU)
     assert pages.data.nbytes == 7 * SHAPE.bytes_per_block

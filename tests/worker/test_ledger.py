@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from gpu_worker.engine.stub import stub_model_card
 from gpu_worker.ledger import Ledger
 from gpu_worker.output import TextDecoder
@@ -107,13 +109,95 @@ def test_without_a_stream_the_end_is_the_result_alone() -> None:
     assert list(result_of(due).token_ids) == [5, 6, 7, 8, 9]
 
 
-def test_an_engines_error_fails_the_request() -> None:
+@pytest.mark.parametrize(
+    ("code", "state"),
+    [
+        ("invalid_request", "failed"),
+        ("context_length_exceeded", "failed"),
+        ("numerical_error", "retry"),
+        ("an error of a later version", "retry"),
+    ],
+)
+def test_only_an_error_that_is_the_requests_own_fault_is_final(code: str, state: str) -> None:
     book = ledger()
     book.open(assignment())
-    error = ErrorInfo("invalid_request", "no", "prompt")
+    error = ErrorInfo(code, "no", "prompt")
     book.add([step(A, error=error)])
+    assert book.num_running == 0
     [due] = book.uncommitted()
-    assert (due.state, result_of(due).error) == ("failed", error)
+    assert due.state == state
+    assert (result_of(due).state, result_of(due).error) == ("failed", error), "if it is the last"
+    book.committed([due], [])
+    assert len(book) == 0
+
+
+def test_what_cannot_be_read_here_may_be_read_elsewhere() -> None:
+    book = ledger()
+    book.refuse(A, 3, ErrorInfo("wire_error", "a field too many"))
+    assert book.request_ids == [A]
+    [due] = book.uncommitted()
+    assert (due.fence, due.state, result_of(due).state) == (3, "retry", "failed")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_another_attempt_goes_on_behind_the_tokens_of_the_failed_one(stream: bool) -> None:
+    """All of them are journaled, and text that may yet become a stop string is held back still."""
+    book = ledger()
+    text = DECODER.token_text
+    book.open(assignment(stream=stream, stop=(text(6) + text(7),)))
+    book.add([step(A, 5, 6), step(A, error=ErrorInfo("numerical_error", "no"))])
+    [due] = book.uncommitted()
+    assert (due.state, chunk_of(due), due.num_tokens) == ("retry", [5, 6], 2)
+    assert decode(Chunk, due.chunk).text == text(5)
+    assert result_of(due).text == text(5) + text(6)
+
+
+# A server that has lost its last moments
+
+
+def test_tokens_that_the_server_has_lost_are_written_again() -> None:
+    book = ledger()
+    book.open(assignment())
+    for token in (5, 6, 7):
+        book.add([step(A, token)])
+        book.committed(list(book.uncommitted()), [])
+    assert book.rewind({A: 1}) == 1
+    [due] = book.uncommitted()
+    chunk = decode(Chunk, due.chunk)
+    assert (due.offset, due.num_tokens, chunk_of(due)) == (1, 2, [6, 7])
+    assert (chunk.offset, chunk.text_offset) == (1, 1)
+    book.committed([due], [])
+    assert book.rewind({A: 3}) == 0
+
+
+def test_a_chunk_that_was_on_its_way_is_cut_anew_behind_what_was_lost() -> None:
+    book = ledger()
+    for request_id in (A, B):
+        book.open(assignment(request_id))
+    book.add([step(A, 5), step(B, 8)])
+    book.committed(list(book.uncommitted()), [])
+    book.add([step(A, 6, end="length"), step(B, 9)])
+    on_its_way = list(book.uncommitted())
+    assert [item.offset for item in on_its_way] == [1, 1]
+    assert book.rewind({A: 0, B: 1}) == 1
+    [of_b] = book.uncommitted()
+    assert of_b is on_its_way[1]
+    book.committed([of_b], [])
+    [of_a] = book.uncommitted()
+    assert (of_a.state, of_a.offset, chunk_of(of_a)) == ("done", 0, [5, 6])
+
+
+def test_a_chunk_whose_reply_was_lost_is_no_loss_of_the_servers() -> None:
+    """Whether it was written or not, it is sent again as it was: the journal takes it once."""
+    for num_journaled in (1, 2):
+        book = ledger()
+        book.open(assignment())
+        book.add([step(A, 5)])
+        book.committed(list(book.uncommitted()), [])
+        book.add([step(A, 6)])
+        unanswered = list(book.uncommitted())
+        assert book.rewind({A: num_journaled}) == 0
+        assert list(book.uncommitted()) == unanswered
 
 
 def test_a_stop_string_ends_it_and_what_the_engine_says_later_is_ignored() -> None:
@@ -160,7 +244,7 @@ def test_what_is_new_after_a_clearing_is_not_taken_for_what_was_sent_before() ->
     book.refuse(B, 4, error)
     assert book.committed(sent, []) == []
     [due] = book.uncommitted()
-    assert (due.request_id, due.fence, due.state) == (B, 4, "failed")
+    assert (due.request_id, due.fence) == (B, 4)
     assert result_of(due).error == error
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import sys
-import textwrap
+import tempfile
+import time
 
 import pytest
 
@@ -12,7 +12,8 @@ import gpu_worker.rank_group
 from gpu_worker.rank_group import RankGroup, RankLost, open_ranks
 from gpu_worker.rank_options import RankOptions
 from gpu_worker.rank_protocol import AbortRequests, EngineStats, RankReady, StepOutput
-from wire.errors import ModelError
+from support.fake_ranks import ranks_that
+from wire.errors import ConfigError, ForebayError, ModelError
 from wire.ids import RequestId
 
 OPTIONS = RankOptions(
@@ -26,43 +27,17 @@ OPTIONS = RankOptions(
     max_num_batched_tokens=64,
     num_threads=1,
     collective_timeout_s=5.0,
+    progress_interval_s=1.0,
     log_level="info",
     log_format="json",
 )
 READY = RankReady(num_blocks=1, max_model_len=2, vocab_size=3, load_s=0.5)
 
-PRELUDE = """
-import os, signal, socket, sys, time
-from gpu_worker.rank_protocol import *
-rank, fd = int(sys.argv[1]), int(sys.argv[2])
-if rank == 0:
-    sock = socket.socket(fileno=fd)
-    channel = RankChannel(sock)
-ready = RankReady(num_blocks=1, max_model_len=2, vocab_size=3, load_s=0.5)
-"""
 SERVE = """
 channel.send(ready)
 while not any(isinstance(frame, Stop) for frame in channel.receive(wait=True)):
     channel.send(StepOutput((), EngineStats(num_running=1)))
 """
-
-
-def ranks_that(monkeypatch: pytest.MonkeyPatch, behaviour: str) -> None:
-    """Have `behaviour` run in the place of each rank."""
-    source = PRELUDE + textwrap.dedent(behaviour)
-
-    def command(
-        options: RankOptions, *, rank: int, size: int, rendezvous: str, socket_fd: int | None
-    ) -> list[str]:
-        return [
-            sys.executable,
-            "-c",
-            source,
-            str(rank),
-            str(-1 if socket_fd is None else socket_fd),
-        ]
-
-    monkeypatch.setattr(gpu_worker.rank_group, "rank_command", command)
 
 
 async def ended(group: RankGroup) -> str:
@@ -85,12 +60,13 @@ async def test_frames_go_both_ways_and_all_ends_in_order(monkeypatch: pytest.Mon
         assert await group.receive() == StepOutput((), EngineStats(num_running=1))
 
 
-async def test_a_model_that_cannot_be_loaded_is_reported_as_such(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("error", [ModelError, ConfigError])
+async def test_what_no_other_start_can_mend_is_reported_as_such(
+    monkeypatch: pytest.MonkeyPatch, error: type[ForebayError]
 ) -> None:
-    ranks_that(monkeypatch, "channel.send(RankError('model_error', 'the file is torn'))")
+    ranks_that(monkeypatch, f"channel.send(RankError({error.code!r}, 'the file is torn'))")
     async with open_ranks(OPTIONS, 1) as group:
-        with pytest.raises(ModelError, match="the file is torn"):
+        with pytest.raises(error, match="the file is torn"):
             await group.wait_ready(20)
 
 
@@ -127,15 +103,104 @@ async def test_a_rank_that_loads_for_too_long_is_lost(monkeypatch: pytest.Monkey
             await group.wait_ready(0.1)
 
 
-async def test_the_loss_of_another_rank_is_noticed_while_rank_0_waits(
+async def test_the_loss_of_another_rank_is_noticed_at_once_while_rank_0_waits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In a collective, rank 0 would wait for it for ever."""
-    behaviour = "channel.send(ready); time.sleep(60)"
-    ranks_that(monkeypatch, f"if rank == 0: {behaviour}\nelse: sys.exit(4)")
-    monkeypatch.setattr(gpu_worker.rank_group, "LAST_WORDS_S", 0.05)
+    ranks_that(
+        monkeypatch,
+        """
+        if rank == 0:
+            channel.send(ready)
+            time.sleep(60)
+        elif rank == 1:
+            time.sleep(60)
+        """,
+    )
+    async with open_ranks(OPTIONS, 3) as group:
+        await group.wait_ready(20)
+        assert "rank 2" in await ended(group)
+
+
+async def test_while_loading_rank_0_may_say_first_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ranks_that(
+        monkeypatch,
+        """
+        if rank == 0:
+            time.sleep(0.2)
+            channel.send(RankError('model_error', 'the file is torn'))
+        """,
+    )
     async with open_ranks(OPTIONS, 2) as group:
-        assert "rank 1" in await ended(group)
+        with pytest.raises(ModelError, match="the file is torn"):
+            await group.wait_ready(20)
+
+
+async def test_a_failed_collective_is_put_down_to_the_rank_that_died(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ranks_that(
+        monkeypatch,
+        """
+        if rank == 0:
+            channel.send(ready)
+            channel.send(RankError('engine_failed', 'connection closed by peer'))
+        else:
+            time.sleep(0.3)  # noticed after what it has caused
+            os.kill(os.getpid(), signal.SIGKILL)
+        """,
+    )
+    monkeypatch.setattr(gpu_worker.rank_group, "NEIGHBOURS_EXIT_S", 10.0)
+    async with open_ranks(OPTIONS, 2) as group:
+        await group.wait_ready(20)
+        reason = await ended(group)
+    assert "rank 1" in reason
+    assert "SIGKILL" in reason
+
+
+async def test_after_an_error_nobody_waits_for_ranks_that_are_stopped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ranks_that(
+        monkeypatch,
+        """
+        if rank == 0:
+            channel.send(ready)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        """,
+    )
+    started_s = 0.0
+
+    async def lose() -> None:
+        nonlocal started_s
+        async with open_ranks(OPTIONS, 2) as group:
+            await group.wait_ready(20)
+            started_s = time.monotonic()
+            raise RankLost("for a test")
+
+    with pytest.raises(RankLost, match="for a test"):
+        await lose()
+    assert time.monotonic() - started_s < 1.0
+
+
+async def test_killed_ranks_are_told_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks_that(monkeypatch, SERVE)
+    async with open_ranks(OPTIONS, 1) as group:
+        await group.wait_ready(20)
+        group.kill()
+        await group.send(AbortRequests((RequestId("a"),)))
+
+
+async def test_ranks_that_cannot_be_started_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(**options: str) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", no_room)
+    with pytest.raises(RankLost, match=r"cannot be started: .*No space left"):
+        async with open_ranks(OPTIONS, 1):
+            pass
 
 
 async def test_ranks_that_hang_are_killed(monkeypatch: pytest.MonkeyPatch) -> None:
