@@ -1,7 +1,8 @@
-"""Results of the requests of one producer, as they end.
+"""Results of requests, as they end.
 
 A producer that shares its results with nobody has a results stream of its own: one read tells of
-every request that ended, however many are in flight.
+every request that ended, however many are in flight. The end of any other request is waited for by
+its journal.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from weakref import WeakValueDictionary
 
 from redis.asyncio import Redis
 
-from producer.patience import Patience
+from producer.journals import Journals
+from producer.outcomes import Outcome, fetch_results
+from producer.patience import Patience, retry_delays
+from producer.reconciling import Reconciler
 from producer.stream_reader import StreamReader
-from wire.errors import ForebayError, ProducerClosed, ResultGone, ServerUnreachable
+from wire.errors import ForebayError, ProducerClosed, ServerUnreachable
 from wire.ids import RequestId
 from wire.keys import Keys
 from wire.messages import Result
-from wire.records import RESULT_FIELDS, journal_entry, result_from_record
 from wire.streams import START, Entry
 
 
@@ -31,6 +34,8 @@ class Completions:
         client: Redis,
         keys: Keys,
         reader: StreamReader,
+        reconciler: Reconciler,
+        journals: Journals,
         results_key: str | None,
         patience: Patience,
     ) -> None:
@@ -38,7 +43,10 @@ class Completions:
         self._patience = patience
         self._keys = keys
         self._reader = reader
+        self._reconciler = reconciler
+        self._journals = journals
         self._results_key = results_key
+        self._upcoming: asyncio.Future[list[Entry]] | None = None
         self._futures: WeakValueDictionary[RequestId, asyncio.Future[Result]] = (
             WeakValueDictionary()
         )
@@ -59,42 +67,72 @@ class Completions:
             self._futures[request_id] = future
         return future
 
+    async def wait_for(
+        self, request_id: RequestId, expected: asyncio.Future[Result] | None
+    ) -> Result:
+        """The result of a request, once it has ended; `expected` if this producer is told of it.
+
+        Raises ResultGone when the server knows nothing of the request (any more), WireError when
+        its result cannot be read.
+        """
+        if expected is not None and not _was_away(expected):
+            in_vain = asyncio.get_running_loop().create_future()
+            with self._reconciler.watch(request_id, partial(_wake, in_vain)):
+                await asyncio.wait((expected, in_vain), return_when=asyncio.FIRST_COMPLETED)
+            if expected.done():
+                return expected.result()
+        return await self._by_journal(request_id)
+
+    async def look(self, request_id: RequestId) -> Outcome:
+        """What the record says at this moment."""
+        [outcome] = await self._fetch([request_id])
+        return outcome
+
     async def run(self) -> None:
         """Resolve futures as requests end, until cancelled."""
+        assert self._results_key is not None
         try:
-            await self._resolve_on()
+            await self._resolve_on(self._results_key)
         finally:
             self._fail(ProducerClosed("the producer was closed before the request ended"))
 
-    async def _resolve_on(self) -> None:
-        assert self._results_key is not None
-        upcoming = self._reader.next_entries(self._results_key, START)
+    def start_over(self) -> None:
+        """Read the own stream from its beginning: the server was away and may have changed."""
+        if self._upcoming is not None and not self._upcoming.done():
+            self._upcoming.set_result([])
+
+    async def _resolve_on(self, key: str) -> None:
+        # Entries are deleted once they are dealt with. Whatever goes wrong with some of them, the
+        # next read from the beginning finds them again, so none is left behind.
+        self._upcoming, delays = self._reader.next_entries(key, START), retry_delays()
         while True:
             try:
-                entries = await upcoming
+                entries = await self._upcoming
+                # Asked for before the results are fetched: the reader does not have to be rung.
+                after = entries[-1][0] if entries else START
+                self._upcoming = self._reader.next_entries(key, after)
+                if entries:
+                    await self._resolve(entries)
+                    await self._patience.persist(partial(self._delete, key, entries))
+                delays = retry_delays()
             except ServerUnreachable as error:
                 self._fail(error)
-                upcoming = self._reader.next_entries(self._results_key, START)
-                continue
-            # Asked for before the results are fetched: the reader does not have to be rung.
-            upcoming = self._reader.next_entries(self._results_key, entries[-1][0])
-            await self._resolve(entries)
+                await asyncio.sleep(next(delays))
+                self._upcoming.cancel()
+                self._upcoming = self._reader.next_entries(key, START)
 
     async def _resolve(self, entries: Sequence[Entry]) -> None:
         ids = [RequestId(fields[b"request_id"].decode()) for _, fields in entries]
         wanted = [request_id for request_id in ids if request_id in self._futures]
-        key, entry_ids = self._results_key, [entry_id for entry_id, _ in entries]
-        assert key is not None
-        try:
-            results = await self._fetch(wanted)
-            for request_id, outcome in zip(wanted, results, strict=True):
+        for request_id, outcome in zip(wanted, await self._fetch(wanted), strict=True):
+            # None: an id that was submitted anew, and will end once more.
+            if outcome is not None:
                 _set(self._futures.pop(request_id, None), outcome)
-            await self._patience.persist(lambda: self._client.xdel(key, *entry_ids))
-        except ForebayError as error:
-            for request_id in wanted:
-                _set(self._futures.pop(request_id, None), error)
 
-    async def _fetch(self, request_ids: Sequence[RequestId]) -> list[Result | ResultGone]:
+    async def _delete(self, key: str, entries: Sequence[Entry]) -> None:
+        await self._client.xdel(key, *(entry_id for entry_id, _ in entries))
+
+    async def _fetch(self, request_ids: Sequence[RequestId]) -> list[Outcome]:
         return await self._patience.persist(
             lambda: fetch_results(self._client, self._keys, request_ids)
         )
@@ -104,24 +142,32 @@ class Completions:
             _set(future, error)
         self._futures.clear()
 
-    async def by_journal(self, request_id: RequestId) -> Result:
+    async def _by_journal(self, request_id: RequestId) -> Result:
         """Wait for a result by the request's own journal: right for whoever sent it."""
         after = START
         while True:
-            [outcome] = await self._fetch([request_id])
+            outcome = await self.look(request_id)
             if isinstance(outcome, Result):
                 return outcome
-            record = self._keys.request(request_id)
-            if not await self._patience.persist(partial(self._client.exists, record)):
+            if outcome is not None:
                 raise outcome
             ended = False
             while not ended:
-                entries = await self._reader.next_entries(self._keys.journal(request_id), after)
+                entries = await self._journals.next_entries(request_id, after)
+                if not entries:
+                    break
                 after = entries[-1][0]
-                ended = any(
-                    journal_entry(entry_id, fields).state is not None
-                    for entry_id, fields in entries
-                )
+                ended = any(b"state" in fields for _, fields in entries)
+
+
+def _was_away(expected: asyncio.Future[Result]) -> bool:
+    """Whether it failed, maybe long ago, because the server was away: by now it may be back."""
+    return expected.done() and isinstance(expected.exception(), ServerUnreachable)
+
+
+def _wake(waiting: asyncio.Future[None]) -> None:
+    if not waiting.done():
+        waiting.set_result(None)
 
 
 def _set(future: asyncio.Future[Result] | None, outcome: Result | BaseException) -> None:
@@ -132,23 +178,3 @@ def _set(future: asyncio.Future[Result] | None, outcome: Result | BaseException)
     else:
         future.set_exception(outcome)
         future.exception()  # whoever waits still gets it; nobody waiting is no warning
-
-
-async def fetch_results(
-    client: Redis, keys: Keys, request_ids: Sequence[RequestId]
-) -> list[Result | ResultGone]:
-    """The results of requests that ended; ResultGone for one that is unknown or goes on."""
-    if not request_ids:
-        return []
-    async with client.pipeline(transaction=False) as pipe:
-        for request_id in request_ids:
-            pipe.hmget(keys.request(request_id), *RESULT_FIELDS)
-        records = await pipe.execute()
-    return [
-        result_from_record(request_id, record)
-        or ResultGone(
-            f"request {request_id!r} is not known: it was never submitted, or its result was kept "
-            "for its time (FOREBAY_RESULT_TTL_S) and is gone"
-        )
-        for request_id, record in zip(request_ids, records, strict=True)
-    ]

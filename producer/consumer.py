@@ -7,7 +7,7 @@
 
 A result goes to one consumer at a time. One that was not acknowledged by a consumer that died (or
 hangs) is delivered to another after `take_over_after_s`: at least once, so storing must bear a
-repetition.
+repetition. It is never delivered to nobody: what cannot be read comes as a failed result.
 """
 
 from __future__ import annotations
@@ -18,18 +18,21 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, cast
 
 from redis.exceptions import RedisError
 
-from producer.completions import fetch_results
+from producer.outcomes import fetch_results
 from producer.patience import Patience
 from producer.producer import DEFAULT_NAMESPACE, DEFAULT_PATIENCE_S, DEFAULT_URL
 from wire.client import connect, ping, redis_errors
+from wire.errors import WireError
 from wire.ids import RequestId
 from wire.keys import CONSUMERS, LIVE_TTL_MS, Keys, check_name
 from wire.messages import Result
+from wire.records import error_info
 from wire.scripts import Scripts
 from wire.streams import Entry, ack_and_delete, claim_idle, ensure_group, read_group
 
@@ -124,8 +127,9 @@ class Consumer:
 
     async def ack(self, delivery: Delivery) -> None:
         """Done with a delivery. Raises ServerUnreachable; it may then be delivered again."""
-        with redis_errors(self._url):
-            await ack_and_delete(self._client, self._key, CONSUMERS, delivery.entry_id)
+        await self._patience.persist(
+            partial(ack_and_delete, self._client, self._key, CONSUMERS, delivery.entry_id)
+        )
         self._held.discard(delivery.entry_id)
         self._room.set()
 
@@ -169,14 +173,18 @@ class Consumer:
     async def _deliveries(self, entries: list[Entry]) -> list[Delivery]:
         ids = [RequestId(fields[b"request_id"].decode()) for _, fields in entries]
         deliveries, gone = [], []
-        results = await fetch_results(self._client, self._keys, ids)
-        for (entry_id, _), result in zip(entries, results, strict=True):
-            if isinstance(result, Result):
-                deliveries.append(Delivery(result, entry_id, self))
+        outcomes = await fetch_results(self._client, self._keys, ids)
+        for (entry_id, _), request_id, outcome in zip(entries, ids, outcomes, strict=True):
+            if isinstance(outcome, WireError):
+                # Its record stays: a newer version may be able to read it.
+                outcome = Result(request_id, "failed", error=error_info(outcome))
+            if isinstance(outcome, Result):
+                deliveries.append(Delivery(outcome, entry_id, self))
             else:
                 gone.append(entry_id)
         if gone:
-            # Their records outlived their time to live: there is nothing to deliver any more.
+            # Their records outlived their time to live: there is nothing to deliver any more. (Or
+            # the id was submitted anew, and its end will be told anew.)
             await ack_and_delete(self._client, self._key, CONSUMERS, *gone)
         # Only now: what is lost to an error before comes again, by take-over from ourselves.
         self._held.update(delivery.entry_id for delivery in deliveries)

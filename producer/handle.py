@@ -1,10 +1,12 @@
-"""A submitted request, as its producer sees it."""
+"""A submitted request, as its producer (or whoever attached to it) sees it."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import replace
 
+from producer.position import StreamPosition
 from producer.queue_client import Enqueued, QueueClient
 from wire.errors import (
     ForebayError,
@@ -15,12 +17,10 @@ from wire.errors import (
 )
 from wire.ids import RequestId
 from wire.messages import Chunk, Result
-from wire.records import journal_entry
-from wire.streams import START
 
 
 class RequestHandle:
-    """What `Producer.submit` returns. Valid while its producer is open.
+    """What `Producer.submit` and `Producer.attach` return. Valid while its producer is open.
 
     Iterate over it for the output as it comes; await `result()` for all of it. Both can be done,
     in any order and more than once.
@@ -39,8 +39,8 @@ class RequestHandle:
     async def outcome(self) -> Result:
         """Wait for the end, whatever it is, and return it as a value.
 
-        Raises ResultGone when the result outlived its time to live, ServerUnreachable when the
-        server stays away.
+        Raises ResultGone when the server knows nothing of the request (any more), ServerUnreachable
+        when the server stays away, WireError for a result that this version cannot read.
         """
         if self._result is None:
             try:
@@ -63,25 +63,28 @@ class RequestHandle:
         """Ask for the request to be stopped. Whether that or its end came first, `result` tells."""
         await self._queue.cancel(self.request_id)
 
-    async def __aiter__(self) -> AsyncIterator[Chunk]:
-        """The output in order, without gap or repetition; ends when the request does.
+    def __aiter__(self) -> AsyncIterator[Chunk]:
+        """`stream()` from the beginning."""
+        return self.stream()
+
+    async def stream(self, after: StreamPosition | None = None) -> AsyncIterator[Chunk]:
+        """The output behind `after` (default: all of it), each token and character once, in order.
 
         Chunks come as they are generated for a request submitted with `stream=True`, otherwise a
-        block or more at a time. Raises as `result` does when it ends without an answer.
+        block or more at a time. `StreamPosition.behind(chunk)` is where to go on later, in this
+        process or another (`Producer.attach`). Raises as `result` does when the request ends
+        without an answer, once all that it had generated is out. After ServerUnreachable, go on
+        from the last chunk's position.
         """
-        after, num_tokens, num_chars, state = START, 0, 0, None
-        while state is None:
-            for entry_id, fields in await self._queue.journal_entries(self.request_id, after):
-                entry = journal_entry(entry_id, fields)
-                after, state = entry_id, entry.state
-                if entry.chunk is not None:
-                    num_tokens = entry.chunk.offset + len(entry.chunk.token_ids)
-                    num_chars += len(entry.chunk.text)
-                    yield entry.chunk
-        result = await self.result()
-        if num_tokens < len(result.token_ids):
-            # The journal of a request that does not stream is emptied when the request ends.
-            yield _rest(result, num_tokens, num_chars)
+        output = self._queue.output(self.request_id, after or StreamPosition())
+        is_new = self._enqueued.outcome == "new"
+        async with aclosing(output.journaled(is_new=is_new)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+        result = await self.outcome()
+        if (rest := output.beyond_journal(result)) is not None:
+            yield rest
+        answer(result)
 
 
 def answer(result: Result) -> Result:
@@ -97,15 +100,4 @@ def answer(result: Result) -> Result:
     raise RequestFailed(
         f"request {result.request_id!r}: {message}",
         reason=error.code if error else ForebayError.code,
-    )
-
-
-def _rest(result: Result, num_tokens: int, num_chars: int) -> Chunk:
-    """What of a result is not among its first tokens, and not in the text that came with them."""
-    return Chunk(
-        fence=0,
-        offset=num_tokens,
-        token_ids=result.token_ids[num_tokens:],
-        text=result.text[num_chars:],
-        logprobs=result.logprobs[num_tokens:] if result.logprobs else None,
     )

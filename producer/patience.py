@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TypeVar
 
 from redis.exceptions import RedisError
@@ -17,6 +18,17 @@ _FIRST_DELAY_S = 0.05
 _MAX_DELAY_S = 2.0
 
 
+def retry_delays(first_s: float = _FIRST_DELAY_S, max_s: float = _MAX_DELAY_S) -> Iterator[float]:
+    """How long to wait before each next try: twice as long as before, up to a bound.
+
+    Each is shortened by a random part, so that those who lost the server at the same moment do
+    not all come back at the same moment.
+    """
+    while True:
+        yield first_s * random.uniform(0.5, 1.0)
+        first_s = min(2 * first_s, max_s)
+
+
 class Patience:
     """Makes calls that may be repeated, again and again for `patience_s` seconds."""
 
@@ -26,13 +38,13 @@ class Patience:
 
     async def persist(self, call: Callable[[], Awaitable[Returned]]) -> Returned:
         """What `call` returns. Raises ServerUnreachable when the server stays away."""
-        give_up_s, delay_s = time.monotonic() + self._patience_s, _FIRST_DELAY_S
+        give_up_s = time.monotonic() + self._patience_s
         with redis_errors(self._url):
-            while True:
+            for delay_s in retry_delays():
                 try:
                     return await call()
                 except RedisError as error:
                     if not is_transient(error) or time.monotonic() + delay_s > give_up_s:
                         raise
                 await asyncio.sleep(delay_s)
-                delay_s = min(2 * delay_s, _MAX_DELAY_S)
+        raise AssertionError("there is always a next delay")

@@ -9,7 +9,8 @@ from typing import Self
 
 from producer.handle import RequestHandle
 from producer.many import submit_many
-from producer.queue_client import QueueClient
+from producer.patience import retry_delays
+from producer.queue_client import Enqueued, QueueClient
 from producer.requests import Message, make_prompt, make_submission, new_request_id
 from wire.errors import IntakeFull
 from wire.keys import Keys, check_name, check_request_id
@@ -82,13 +83,24 @@ class Producer:
         stream: bool = False,
         timeout_s: float | None = None,
         wait: bool = False,
+        durable: bool = False,
     ) -> RequestHandle:
         """Submit one request: a prompt (text or token ids) to continue, or a conversation.
 
         `request_id` is yours to choose: submitting the same id again returns a handle to the first
         submission. `timeout_s` ends the request as expired that long after its submission.
         `stream` has tokens written as they come. `wait` waits while the intake is full.
-        Raises InvalidRequest, IntakeFull, ServerUnreachable.
+
+        `durable` returns only once the request is on the server's disk, in its append-only file:
+        not even a crash of its machine loses it then. With `appendfsync everysec` that takes up to
+        two seconds (five on Redis 7.0), however many wait at the same time. Without it, a request
+        may be lost that the server accepted within the second before it crashed; whoever waits for
+        it gets ResultGone, and can submit it again. (It is not submitted again by itself: what of
+        it was read already could not be continued, nor its deadline kept.)
+
+        Raises InvalidRequest, IntakeFull, ServerUnreachable (with `durable` also when the request
+        is submitted, but its being on disk could not be confirmed), and ConfigError for a `durable`
+        that the server cannot give: then nothing was submitted.
         """
         submission = make_submission(
             Request(
@@ -102,17 +114,31 @@ class Producer:
                 timeout_s=timeout_s,
             )
         )
-        while True:
+        if durable:
+            await self._queue.durability.check()
+        for delay_s in retry_delays(RETRY_AFTER_S, RETRY_AFTER_S):
             [accepted] = await self._queue.enqueue([submission])
             if accepted.outcome != "full":
-                return RequestHandle(self._queue, accepted)
+                if not durable or await self._queue.durability.confirm(submission.request_id):
+                    break
+                continue  # the server restarted without it
             if not wait:
                 raise IntakeFull(
                     f"the queue is at its limit of {self._max_queued} requests, or as many results "
                     f"wait to be read; try again in {RETRY_AFTER_S:g} s",
                     retry_after_s=RETRY_AFTER_S,
                 )
-            await asyncio.sleep(RETRY_AFTER_S)
+            await asyncio.sleep(delay_s)
+        return RequestHandle(self._queue, accepted)
+
+    def attach(self, request_id: str) -> RequestHandle:
+        """A handle to a request that was submitted before, by whomever.
+
+        For a process that comes back: `stream(after=...)` goes on where it was. Nothing is asked
+        of the server yet; if it does not know the request, waiting for it raises ResultGone.
+        Raises InvalidRequest for what can be no id.
+        """
+        return RequestHandle(self._queue, Enqueued(check_request_id(request_id), "known"))
 
     def submit_many(
         self,
@@ -120,12 +146,19 @@ class Producer:
         *,
         max_in_flight: int = 256,
         forget: bool = False,
+        adopt: bool = False,
     ) -> AsyncIterator[Result]:
         """Submit many requests and yield their results in the order in which they end.
 
         At most `max_in_flight` are submitted and not yet yielded, so that `requests` may be
         endless. Each result comes once, whatever its state: nothing is raised for one request
-        that fails or is invalid. `forget` deletes each from the server once it was yielded, instead
-        of keeping it for its time to live. Leaving the iteration early cancels what is in flight.
+        that fails or is invalid. A request that the server has lost (it was flushed, or crashed
+        within a second of accepting it) is submitted again. `forget` deletes each from the server
+        once it was yielded, instead of keeping it for its time to live. Leaving the iteration early
+        cancels what is in flight. Neither touches a request that somebody else has submitted
+        before under the same id: that one is only waited for; unless `adopt` says that all these
+        ids are the caller's own, from an earlier life.
         """
-        return submit_many(self._queue, requests, max_in_flight=max_in_flight, forget=forget)
+        return submit_many(
+            self._queue, requests, max_in_flight=max_in_flight, forget=forget, adopt=adopt
+        )

@@ -9,25 +9,34 @@ from dataclasses import dataclass
 from functools import partial
 
 from producer.completions import Completions
+from producer.durability import Durability
+from producer.journals import Journals
+from producer.output_stream import OutputStream
 from producer.patience import Patience
+from producer.position import StreamPosition
+from producer.reconciling import Reconciler
 from producer.stream_reader import StreamReader
 from wire.client import connect, ping, redis_errors
 from wire.codec import encode
 from wire.ids import RequestId
 from wire.keys import Keys
 from wire.messages import Result
-from wire.records import ending
+from wire.records import TERMINAL_STATES, ending
 from wire.scripts import Scripts, Submission, SubmitOutcome
-from wire.streams import Entry
 
 
 @dataclass(frozen=True, slots=True)
 class Enqueued:
-    """What became of a submission; `result` is set where the producer hears of the end itself."""
+    """What became of a submission.
+
+    `is_ours`: this producer is the one whose submission counts, so that it may end the request and
+    delete it. `result` is set where it hears of the end by its own results stream.
+    """
 
     request_id: RequestId
     outcome: SubmitOutcome
-    result: asyncio.Future[Result] | None
+    is_ours: bool = False
+    result: asyncio.Future[Result] | None = None
 
 
 class QueueClient:
@@ -53,21 +62,31 @@ class QueueClient:
         self._client = connect(url)
         self._blocking_client = connect(url, blocking=True)
         self._scripts = Scripts(self._client, keys)
+        self._reconciler = Reconciler(self._client, keys)
         self._reader = StreamReader(
             self._client,
             self._blocking_client,
             url,
             keys.bell(producer_id),
             patience_s=patience_s,
+            on_return=self._on_return,
         )
+        self._journals = Journals(self._reader, self._reconciler, keys)
         self._completions = Completions(
             self._client,
             keys,
             self._reader,
+            self._reconciler,
+            self._journals,
             None if results else keys.results(producer_id),
             self._patience,
         )
+        self.durability = Durability(self._client, keys, self._patience, patience_s=patience_s)
         self._tasks: list[asyncio.Task[None]] = []
+
+    def _on_return(self) -> None:
+        self._completions.start_over()
+        self._reconciler.hurry()
 
     async def open(self) -> None:
         """Check that the server answers, and begin to listen. Raises ServerUnreachable."""
@@ -77,11 +96,13 @@ class QueueClient:
             await self._close_connections()
             raise
         self._tasks.append(asyncio.create_task(self._reader.run(), name="stream_reader"))
+        self._tasks.append(asyncio.create_task(self._reconciler.run(), name="reconciler"))
         if self._completions.has_own_stream:
             self._tasks.append(asyncio.create_task(self._completions.run(), name="completions"))
 
     async def close(self) -> None:
         """Close the connections; whoever waits gets ProducerClosed."""
+        await self.durability.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -106,27 +127,56 @@ class QueueClient:
             )
 
         outcomes = await self._patience.persist(call)
+        known = [
+            item.request_id
+            for item, outcome in zip(submissions, outcomes, strict=True)
+            if outcome == "known"
+        ]
+        resumed = await self._resumed(known) if known else {}
         return [
             Enqueued(
                 item.request_id,
                 outcome,
-                # Known: its end is told elsewhere, or was told long ago; the journal knows. (It
-                # looks like that, too, when only the reply to a first try was lost.)
-                future if outcome == "new" and self._completions.has_own_stream else None,
+                is_ours=outcome == "new" or item.request_id in resumed,
+                result=future
+                if self._completions.has_own_stream
+                and (outcome == "new" or resumed.get(item.request_id))
+                else None,
             )
             for item, outcome, future in zip(submissions, outcomes, futures, strict=True)
         ]
 
-    async def wait_for(self, enqueued: Enqueued) -> Result:
-        """The result of a request, once it has ended."""
-        with redis_errors(self._url):
-            if enqueued.result is None:
-                return await self._completions.by_journal(enqueued.request_id)
-            return await asyncio.shield(enqueued.result)
+    async def _resumed(self, known: Sequence[RequestId]) -> dict[RequestId, bool]:
+        """Which known requests this producer has submitted itself, and whether they go on.
 
-    async def journal_entries(self, request_id: RequestId, after: bytes) -> list[Entry]:
-        """The next entries of a request's journal behind the id `after`, at least one."""
-        return await self._reader.next_entries(self._keys.journal(request_id), after)
+        It is so where only the reply to a first try was lost. The end of somebody else's request
+        is told elsewhere, and one that was told is not told again: their journals know.
+        """
+        if not self._completions.has_own_stream:
+            return {}
+
+        async def look_up() -> list[tuple[bytes | None, bytes | None]]:
+            async with self._client.pipeline(transaction=False) as pipe:
+                for request_id in known:
+                    pipe.hmget(self._keys.request(request_id), "reply_to", "state")
+                return [(reply_to, state) for reply_to, state in await pipe.execute()]
+
+        return {
+            request_id: (state or b"").decode() not in TERMINAL_STATES
+            for request_id, (reply_to, state) in zip(
+                known, await self._patience.persist(look_up), strict=True
+            )
+            if reply_to == self._reply_to.encode()
+        }
+
+    async def wait_for(self, enqueued: Enqueued) -> Result:
+        """The result of a request, once it has ended. Raises as `Completions.wait_for` does."""
+        with redis_errors(self._url):
+            return await self._completions.wait_for(enqueued.request_id, enqueued.result)
+
+    def output(self, request_id: RequestId, position: StreamPosition) -> OutputStream:
+        """A reader of a request's output who has read up to `position`."""
+        return OutputStream(self._journals, self._completions, request_id, position)
 
     async def cancel(self, *request_ids: RequestId, patience_s: float | None = None) -> None:
         """Ask for requests to be stopped; those that have ended already stay as they are.

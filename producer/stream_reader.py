@@ -5,17 +5,20 @@ the price of a thousand streaming requests. Instead one XREAD names all streams 
 waits for at the moment, and a *bell*: a stream of our own that gets an entry when the set grows
 (or one is wanted from further back) while the read is blocked.
 
-Nothing is read ahead: a reader that does not ask for the next entries costs no memory here.
+Nothing is read ahead: a reader that does not ask for the next entries costs no memory here, holds
+up nobody, and its stream is not even named in the read.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from producer.patience import retry_delays
 from wire.client import MAX_BLOCK_MS, is_transient
 from wire.errors import ForebayError, ProducerClosed, ServerUnreachable
 from wire.keys import BELL_TTL_MS
@@ -23,18 +26,28 @@ from wire.redaction import mask_passwords
 from wire.streams import START, Entry, id_order, read
 
 MAX_ENTRIES = 500
-_RETRY_DELAY_S = 0.1
+MIN_ENTRIES = 10
+MAX_ENTRIES_AT_ONCE = 5000
+"""Of one stream and of all together, in one reply: it is in memory as a whole."""
 
 
 class StreamReader:
     """Waits for new entries in any number of streams, over one connection.
 
     When the server is away it tries again, and gives up after `patience_s`: then whoever waits
-    gets ServerUnreachable.
+    gets ServerUnreachable. `on_return` is called when it is back, possibly without what it had
+    written last.
     """
 
     def __init__(
-        self, client: Redis, blocking_client: Redis, url: str, bell: str, *, patience_s: float
+        self,
+        client: Redis,
+        blocking_client: Redis,
+        url: str,
+        bell: str,
+        *,
+        patience_s: float,
+        on_return: Callable[[], None] = lambda: None,
     ) -> None:
         self._client = client
         self._blocking_client = blocking_client
@@ -42,6 +55,7 @@ class StreamReader:
         self._bell = bell
         self._bell_at = START
         self._patience_s = patience_s
+        self._on_return = on_return
         self._waiting: dict[str, list[tuple[bytes, asyncio.Future[list[Entry]]]]] = {}
         self._reading: dict[str, bytes] | None = None
         self._wanted = asyncio.Event()
@@ -74,29 +88,35 @@ class StreamReader:
             await asyncio.gather(*self._ringing, return_exceptions=True)
 
     async def _read_on(self) -> None:
-        away_since: float | None = None
+        away, give_up_s, delays = False, 0.0, retry_delays()
         while True:
             await self._wanted.wait()
+            if not self._drop_abandoned():
+                self._wanted.clear()
+                continue
             try:
-                await self._read()
-                away_since = None
+                # Back after an absence, it answers at once also where there is nothing to be read.
+                await self._read(block_ms=None if away else MAX_BLOCK_MS)
             except RedisError as error:
-                away_since = away_since or time.monotonic()
-                if not is_transient(error) or time.monotonic() - away_since > self._patience_s:
+                if not away:
+                    away, give_up_s = True, time.monotonic() + self._patience_s
+                if not is_transient(error) or time.monotonic() > give_up_s:
                     self._fail(
                         ServerUnreachable(
                             f"Redis server {mask_passwords(self._url)} is away ({error}); what was "
                             "submitted goes on: ask again when it is back"
                         )
                     )
-                    away_since = None
-                await asyncio.sleep(_RETRY_DELAY_S)
+                    # Whoever asks after this has patience anew.
+                    give_up_s = time.monotonic() + self._patience_s
+                await asyncio.sleep(next(delays))
+            else:
+                if away:
+                    away, delays = False, retry_delays()
+                    self._bell_at = START
+                    self._on_return()
 
-    async def _read(self) -> None:
-        self._drop_abandoned()
-        if not self._waiting:
-            self._wanted.clear()
-            return
+    async def _read(self, *, block_ms: int | None) -> None:
         positions = {
             key: min((after for after, _ in waiters), key=id_order)
             for key, waiters in self._waiting.items()
@@ -106,8 +126,8 @@ class StreamReader:
             arrived = await read(
                 self._blocking_client,
                 {self._bell: self._bell_at, **positions},
-                count=MAX_ENTRIES,
-                block_ms=MAX_BLOCK_MS,
+                count=min(MAX_ENTRIES, max(MIN_ENTRIES, MAX_ENTRIES_AT_ONCE // len(positions))),
+                block_ms=block_ms,
             )
         finally:
             self._reading = None
@@ -132,13 +152,15 @@ class StreamReader:
         if still_waiting:
             self._waiting[key] = still_waiting
 
-    def _drop_abandoned(self) -> None:
+    def _drop_abandoned(self) -> bool:
+        """Forget those who wait no more; returns whether anybody is left."""
         for key, waiters in list(self._waiting.items()):
             alive = [(after, future) for after, future in waiters if not future.done()]
             if alive:
                 self._waiting[key] = alive
             else:
                 del self._waiting[key]
+        return bool(self._waiting)
 
     def _fail(self, error: ForebayError) -> None:
         for waiters in self._waiting.values():

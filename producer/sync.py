@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from producer.handle import RequestHandle
+from producer.position import StreamPosition
 from producer.producer import DEFAULT_URL, Producer
 from producer.requests import Message
 from wire.ids import RequestId
@@ -45,7 +46,11 @@ class SyncHandle:
 
     def __iter__(self) -> Iterator[Chunk]:
         """The output as it comes."""
-        return self._producer.iterate(self._handle.__aiter__())
+        return self.stream()
+
+    def stream(self, after: StreamPosition | None = None) -> Iterator[Chunk]:
+        """The output behind `after` as it comes."""
+        return self._producer.iterate(self._handle.stream(after))
 
 
 class SyncProducer:
@@ -95,6 +100,7 @@ class SyncProducer:
         stream: bool = False,
         timeout_s: float | None = None,
         wait: bool = False,
+        durable: bool = False,
     ) -> SyncHandle:
         """See `Producer.submit`."""
         handle = self.wait(
@@ -109,16 +115,28 @@ class SyncProducer:
                 stream=stream,
                 timeout_s=timeout_s,
                 wait=wait,
+                durable=durable,
             )
         )
         return SyncHandle(self, handle)
 
+    def attach(self, request_id: str) -> SyncHandle:
+        """See `Producer.attach`."""
+        return SyncHandle(self, self._open_producer.attach(request_id))
+
     def submit_many(
-        self, requests: Iterable[Request], *, max_in_flight: int = 256, forget: bool = False
+        self,
+        requests: Iterable[Request],
+        *,
+        max_in_flight: int = 256,
+        forget: bool = False,
+        adopt: bool = False,
     ) -> Iterator[Result]:
         """See `Producer.submit_many`."""
         return self.iterate(
-            self._open_producer.submit_many(requests, max_in_flight=max_in_flight, forget=forget)
+            self._open_producer.submit_many(
+                requests, max_in_flight=max_in_flight, forget=forget, adopt=adopt
+            )
         )
 
     def wait(self, work: Coroutine[Any, Any, Returned]) -> Returned:

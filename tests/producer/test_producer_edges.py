@@ -13,11 +13,11 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 import producer.completions
-from producer.completions import fetch_results
 from producer.consumer import Consumer
+from producer.outcomes import fetch_results
 from producer.producer import Producer
 from producer.stream_reader import StreamReader
-from support.queue_driver import NAMESPACE, QueueDriver, end, open_queue, tokens
+from support.queue_driver import NAMESPACE, QueueDriver, end, tokens
 from wire.client import connect
 from wire.errors import InvalidRequest, ServerUnreachable
 from wire.ids import RequestId
@@ -25,12 +25,6 @@ from wire.keys import CONSUMERS
 from wire.messages import Prompt, Request
 from wire.scripts import Scripts
 from wire.streams import START, consumers
-
-
-@pytest.fixture
-async def queue(redis_url: str) -> AsyncIterator[QueueDriver]:
-    async with open_queue(redis_url) as driver:
-        yield driver
 
 
 @pytest.fixture
@@ -73,6 +67,31 @@ async def test_what_nobody_could_serve_is_refused_at_once(
             await submitting.submit(**options)
     assert caught.value.field == field
     assert await queue.client.keys("*request*") == []
+
+
+async def test_a_batch_of_submissions_is_bounded_in_bytes(
+    queue: QueueDriver, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is one command, and must get through within a command's timeout."""
+    monkeypatch.setattr("producer.many.MAX_BATCH_BYTES", 5000)
+    sizes: list[int] = []
+    original = Scripts.submit
+
+    async def submit(self: Scripts, submissions: Any, **options: Any) -> Any:
+        sizes.append(sum(len(item.message) for item in submissions))
+        return await original(self, submissions, **options)
+
+    monkeypatch.setattr(Scripts, "submit", submit)
+    requests = [Request(RequestId(str(n)), Prompt(text="x" * 1000)) for n in range(30)]
+    async with Producer(redis_url, namespace=NAMESPACE) as producer:
+        results = producer.submit_many(requests)
+        waiting = asyncio.ensure_future(anext(results))
+        while await queue.state("29") is None:
+            await asyncio.sleep(0.01)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+    assert sum(sizes) > 30_000
+    assert max(sizes) < 5000 + 1100
 
 
 # Results
