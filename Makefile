@@ -14,7 +14,7 @@ PACKAGES := cache forebay gpu_worker producer scheduler service wire
 
 run: $(VENV)/.worker $(VENV)/.model
 	@mkdir -p output
-	$(BIN)/forebay run-batch -i examples/prompts.jsonl -o output/answers.jsonl --overwrite \
+	$(BIN)/forebay run-batch -i examples/prompts.jsonl -o output/answers.jsonl --restart \
 		--model "$$($(BIN)/python -c "$$FIND_MODEL")"
 
 test: $(VENV)/.dev $(VENV)/.model

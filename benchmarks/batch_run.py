@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("flags", nargs="*", help="flags for forebay run-batch, after --")
     arguments = parser.parse_args()
-    command = [sys.executable, "-m", "forebay", "run-batch", "--overwrite"]
+    command = [sys.executable, "-m", "forebay", "run-batch", "--restart"]
     command += ["--model", arguments.model, "--input", arguments.input, *arguments.flags]
     rounds = [run_once(command) for _ in range(1 + arguments.rounds)][1:]
     report = {

@@ -38,7 +38,7 @@ class Progress:
             else None
         )
         self._started_s = self._last_line_s = time.monotonic()
-        self._num_rows = 0
+        self._num_resumed = 0
         self._estimated_rows: int | None = None
 
     def __enter__(self) -> Progress:
@@ -48,9 +48,22 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
+    def on_resumed(self, num_answered: int, num_failed: int) -> None:
+        """Say it, and count these rows as done without letting them flatter the rate."""
+        self._num_resumed = num_answered + num_failed
+        if self._bar is not None:
+            self._bar.initial = self._bar.n = self._num_resumed
+        rows = "1 row was" if self._num_resumed == 1 else f"{self._num_resumed:,} rows were"
+        failed = f", {num_failed:,} of them without an answer (--retry-failed runs these again)"
+        self._say(f"resumed: {rows} done already{failed if num_failed else ''}")
+
+    def on_notice(self, line: str) -> None:
+        """Show it."""
+        self._say(line)
+
     def on_read(self, num_rows: int, estimated_rows: int | None) -> None:
         """Note how many rows there are to do."""
-        self._num_rows, self._estimated_rows = num_rows, estimated_rows
+        self._estimated_rows = estimated_rows
         if self._bar is not None:
             self._bar.total = estimated_rows
 
@@ -66,7 +79,7 @@ class Progress:
             self._bar.set_postfix_str(
                 f"{num_failed} failed, {tokens_per_s:.0f} tokens/s", refresh=False
             )
-            self._bar.update(num_done - self._bar.n)
+            self._bar.update(self._num_resumed + num_done - self._bar.n)
         elif time.monotonic() - self._last_line_s >= _LINE_EVERY_S:
             self._last_line_s = time.monotonic()
             self._say(self._line(num_done, num_failed, elapsed_s, tokens_per_s))
@@ -81,14 +94,16 @@ class Progress:
 
     def _line(self, num_done: int, num_failed: int, elapsed_s: float, tokens_per_s: float) -> str:
         rate = num_done / elapsed_s
+        num_ended = self._num_resumed + num_done
         of = f"/{self._estimated_rows}" if self._estimated_rows is not None else ""
+        resumed = f" ({self._num_resumed} resumed)" if self._num_resumed else ""
         eta = (
-            f", about {(self._estimated_rows - num_done) / rate:.0f} s left"
+            f", about {(self._estimated_rows - num_ended) / rate:.0f} s left"
             if self._estimated_rows is not None and rate > 0
             else ""
         )
         return (
-            f"{num_done}{of} requests, {num_failed} failed, {rate:.1f} requests/s, "
+            f"{num_ended}{of} requests{resumed}, {num_failed} failed, {rate:.1f} requests/s, "
             f"{tokens_per_s:.0f} tokens/s{eta}"
         )
 
@@ -108,8 +123,13 @@ def summary_lines(summary: BatchSummary) -> list[str]:
         if summary.first_answer_s is not None
         else ""
     )
+    requests = f"{summary.num_succeeded} answered, {failed}"
+    if summary.num_resumed:
+        without = f" ({summary.num_resumed_failed} of them failed)"
+        before = f"{summary.num_resumed} done before{without if summary.num_resumed_failed else ''}"
+        requests = f"{before}, {requests}"
     lines = [
-        f"requests  {summary.num_rows}: {summary.num_succeeded} answered, {failed}",
+        f"requests  {summary.num_rows}: {requests}",
         f"tokens    {summary.num_prompt_tokens} in ({summary.num_cached_tokens} cached), "
         f"{summary.num_output_tokens} out, {summary.output_tokens_per_s:.1f} out/s",
         f"time      {summary.wall_s:.1f} s{first}",

@@ -10,6 +10,11 @@ and both of the usual tests, `error is None` and `response.status_code == 200`, 
 the four fields of OpenAI's batch errors: `code`, `message`, `param` (the field at fault) and
 `line` (the row's line in the input).
 
+What a row had generated when it was cancelled, expired or failed is not lost: such a row has one
+more key, `partial`, a completion object like that of an answer, whose `finish_reason` is null.
+It is not in `response`, where programs would take it for an answer, and rows that had generated
+nothing do not have it.
+
 Completion objects are OpenAI's, with vLLM's `stop_reason` in each choice. A log probability below
 -9999 is written as -9999, OpenAI's word for "very unlikely": JSON has no infinity.
 """
@@ -38,20 +43,33 @@ def encode_line(row: JsonObject) -> bytes:
 
 def answer_row(custom_id: str, endpoint: Endpoint, result: Result) -> JsonObject:
     """The output object of a request that is done."""
-    body = _chat_completion(result) if endpoint == CHAT else _text_completion(result)
+    body = completion(endpoint, result)
     response = {"status_code": 200, "request_id": result.request_id, "body": body}
     return _row(result.request_id, custom_id, response, None)
 
 
-def failure_row(request_id: RequestId, failure: RowFailure) -> JsonObject:
-    """The output object of a row that has no answer."""
+def partial_completion(endpoint: Endpoint, result: Result) -> JsonObject | None:
+    """What a request had generated that ended without an answer; None if nothing."""
+    return completion(endpoint, result) if result.token_ids else None
+
+
+def completion(endpoint: Endpoint, result: Result) -> JsonObject:
+    """OpenAI's completion object of the row's endpoint."""
+    return _chat_completion(result) if endpoint == CHAT else _text_completion(result)
+
+
+def failure_row(
+    request_id: RequestId, failure: RowFailure, partial: JsonObject | None = None
+) -> JsonObject:
+    """The output object of a row that has no answer; `partial` is what it got instead, if any."""
     error = {
         "code": failure.code,
         "message": failure.message,
         "param": failure.field,
         "line": failure.row_number,
     }
-    return _row(request_id, failure.custom_id, None, error)
+    row = _row(request_id, failure.custom_id, None, error)
+    return row if partial is None else {**row, "partial": partial}
 
 
 def _row(

@@ -12,8 +12,17 @@ from producer.batch.row import RowFailure
 class BatchProgress(Protocol):
     """Who is told how a run goes. Called in the event loop, for every row: be quick, never raise.
 
-    All numbers are totals since the start, so that a call may be skipped without harm.
+    All numbers are totals since this run's start, so that a call may be skipped without harm.
     """
+
+    def on_resumed(self, num_answered: int, num_failed: int) -> None:
+        """Called once before all others, if earlier runs have done rows, which are not run again.
+
+        They count in `on_read`, as rows of the input, and not in `on_done`.
+        """
+
+    def on_notice(self, line: str) -> None:
+        """Called with something that whoever started the run should know, such as a full disk."""
 
     def on_read(self, num_rows: int, estimated_rows: int | None) -> None:
         """Called when a row was read.
@@ -34,6 +43,12 @@ class BatchProgress(Protocol):
 class NoProgress:
     """A listener for runs that nobody watches."""
 
+    def on_resumed(self, num_answered: int, num_failed: int) -> None:
+        """Ignore it."""
+
+    def on_notice(self, line: str) -> None:
+        """Ignore it."""
+
     def on_read(self, num_rows: int, estimated_rows: int | None) -> None:
         """Ignore it."""
 
@@ -50,12 +65,15 @@ class NoProgress:
 class BatchSummary:
     """What came of a run.
 
-    `first_answer_s` counts from the run's start; None if nothing was answered.
-    `num_cached_tokens` are those of the prompts that needed no computing. `output` and `errors`
-    are the paths as they were given.
+    `num_resumed` of the rows were done by earlier runs, `num_resumed_failed` of these without an
+    answer; all numbers below these are this run's alone. `first_answer_s` counts from the run's
+    start; None if nothing was answered. `num_cached_tokens` are those of the prompts that needed
+    no computing. `output` and `errors` are the paths as they were given.
     """
 
     num_rows: int
+    num_resumed: int
+    num_resumed_failed: int
     num_succeeded: int
     failed_by_code: Mapping[str, int]
     num_prompt_tokens: int
@@ -68,7 +86,7 @@ class BatchSummary:
 
     @property
     def num_failed(self) -> int:
-        """How many rows have no answer."""
+        """How many rows this run has left without an answer."""
         return sum(self.failed_by_code.values())
 
     @property

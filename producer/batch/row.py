@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from producer.batch import checks
 from producer.batch.body import parse_body
@@ -20,6 +21,13 @@ from wire.messages import Prompt
 from wire.sampling import SamplingParams
 
 MAX_CUSTOM_ID_CHARS = 512
+
+DUPLICATE = "duplicate_custom_id"
+"""OpenAI's code for a row whose custom_id an earlier row has."""
+
+RowKey: TypeAlias = str | int
+"""What tells a row from the others: its custom_id, or its number if it has none of its own."""
+
 _ENVELOPE = frozenset({"custom_id", "method", "url", "body"})
 
 
@@ -54,22 +62,48 @@ class RowFailure:
         name = "" if self.custom_id is None else f" (custom_id {shorten(self.custom_id)})"
         return f"row {self.row_number}{name}: {self.message}"
 
+    @property
+    def key(self) -> RowKey:
+        """What tells this row from the others."""
+        return row_key(self.row_number, self.custom_id, self.code)
+
     @classmethod
     def of(cls, row_number: int, custom_id: str | None, error: InvalidRequest) -> RowFailure:
         """The failure of a row that `error` speaks of."""
         return cls(row_number, custom_id, error.code, str(error), error.field)
 
 
+def row_key(row_number: int, custom_id: str | None, code: str) -> RowKey:
+    """The key of a row that failed with `code`."""
+    return row_number if custom_id is None or code == DUPLICATE else custom_id
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedRow:
+    """A line that is a JSON object, not looked into but for its custom_id, None if it has none."""
+
+    row_number: int
+    custom_id: str | None
+    fields: dict[str, object]
+    repeated_key: str | None
+
+    @property
+    def key(self) -> RowKey:
+        """What tells this row from the others, provided that no earlier one has its custom_id."""
+        return self.row_number if self.custom_id is None else self.custom_id
+
+
 def parse_row(line: bytes, row_number: int) -> BatchRow | RowFailure:
     """Check one line, without its line break. Never raises, whatever the bytes."""
-    custom_id: str | None = None
+    loaded = load_row(line, row_number)
+    return loaded if isinstance(loaded, RowFailure) else check_row(loaded)
+
+
+def load_row(line: bytes, row_number: int) -> LoadedRow | RowFailure:
+    """The first half of `parse_row`, a third of the work: enough to tell which row it is."""
     try:
-        row, repeated_key = _load(line.decode())
-        custom_id = _valid_custom_id(row)
-        if repeated_key is not None:
-            name = checks.path(repeated_key)
-            raise InvalidRequest(f"{name} is given twice; keep one of the two", field=name)
-        return _parse(row, row_number)
+        fields, repeated_key = _load(line.decode())
+        return LoadedRow(row_number, _valid_custom_id(fields), fields, repeated_key)
     except UnicodeDecodeError as error:
         refusal = InvalidRequest(
             f"the line is not UTF-8 at byte {error.start + 1} (0x{line[error.start]:02x}); "
@@ -77,7 +111,18 @@ def parse_row(line: bytes, row_number: int) -> BatchRow | RowFailure:
         )
         return RowFailure.of(row_number, _salvaged_custom_id(line), refusal)
     except InvalidRequest as error:
-        return RowFailure.of(row_number, custom_id, error)
+        return RowFailure.of(row_number, None, error)
+
+
+def check_row(row: LoadedRow) -> BatchRow | RowFailure:
+    """The second half of `parse_row`."""
+    try:
+        if row.repeated_key is not None:
+            name = checks.path(row.repeated_key)
+            raise InvalidRequest(f"{name} is given twice; keep one of the two", field=name)
+        return _parse(row.fields, row.row_number)
+    except InvalidRequest as error:
+        return RowFailure.of(row.row_number, row.custom_id, error)
 
 
 def _parse(row: dict[str, object], row_number: int) -> BatchRow:

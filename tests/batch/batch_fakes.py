@@ -46,10 +46,12 @@ class FakeProducer:
         *,
         max_in_flight: int = 256,
         forget: bool = False,
+        adopt: bool = False,
     ) -> AsyncIterator[Result]:
         """Yield a result for each request."""
         assert isinstance(requests, AsyncIterable)
         assert forget, "a run's results must not pile up on the server"
+        assert adopt, "nor those of the run before"
         waiting: list[Request] = []
         async for request in requests:
             if self.remember:
@@ -69,6 +71,16 @@ class FakeProgress:
     reads: list[tuple[int, int | None]] = field(default_factory=list)
     done: tuple[int, int, int, int] = (0, 0, 0, 0)
     failures: list[RowFailure] = field(default_factory=list)
+    resumed: tuple[int, int] = (0, 0)
+    notices: list[str] = field(default_factory=list)
+
+    def on_resumed(self, num_answered: int, num_failed: int) -> None:
+        """Remember it."""
+        self.resumed = (num_answered, num_failed)
+
+    def on_notice(self, line: str) -> None:
+        """Remember it."""
+        self.notices.append(line)
 
     def on_read(self, num_rows: int, estimated_rows: int | None) -> None:
         """Remember it."""
@@ -115,6 +127,11 @@ def write_rows(path: Path, rows: Iterable[object]) -> str:
     lines = (row if isinstance(row, bytes) else line(row) for row in rows)
     path.write_bytes(b"".join(each + b"\n" for each in lines))
     return str(path)
+
+
+def custom_ids(path: Path) -> list[str]:
+    """The custom_ids of a JSONL file's rows."""
+    return [row["custom_id"] for row in read_rows(path)]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from batch_fakes import answer
 
-from producer.batch.output import answer_row, encode_line, failure_row
+from producer.batch.output import answer_row, encode_line, failure_row, partial_completion
 from producer.batch.row import RowFailure
 from wire.ids import RequestId
 from wire.messages import Prompt, Request, Result, TokenLogprob, TopLogprob
@@ -115,6 +115,23 @@ def test_a_failure_has_the_fields_of_openais_batch_errors() -> None:
         "response": None,
         "error": {"code": "invalid_request", "message": "n is 2", "param": "n", "line": 3},
     }
+
+
+def test_a_row_that_ended_half_way_keeps_what_it_had_generated() -> None:
+    half = replace(DONE, state="expired", finish_reason=None, text="an ans")
+    partial = partial_completion("/v1/chat/completions", half)
+    row = failure_row(REQUEST_ID, RowFailure(3, "a", "expired", "too late"), partial)
+    assert row["response"] is None
+    assert row["error"]["code"] == "expired"
+    assert row["partial"]["object"] == "chat.completion"
+    assert row["partial"]["choices"][0]["message"]["content"] == "an ans"
+    assert row["partial"]["choices"][0]["finish_reason"] is None
+    assert row["partial"]["usage"]["completion_tokens"] == 3
+
+
+def test_a_row_that_had_generated_nothing_has_no_partial_answer() -> None:
+    nothing = Result(REQUEST_ID, "cancelled")
+    assert partial_completion("/v1/completions", nothing) is None
 
 
 def test_every_text_is_written_as_valid_json() -> None:

@@ -16,13 +16,14 @@ from batch_fakes import (
     FakeProgress,
     answer,
     chat_row,
+    custom_ids,
     line,
     read_rows,
     text_row,
     write_rows,
 )
 
-from producer.batch import BatchOptions, BatchSummary, open_files, run_batch
+from producer.batch import BatchOptions, BatchSummary, run_batch
 from wire.errors import ConfigError, FileError, ForebayError, ServerUnreachable
 from wire.messages import ErrorInfo, Request, Result, TerminalState
 
@@ -34,10 +35,6 @@ async def run(
     return await run_batch(
         BatchOptions(source, str(tmp_path / "out.jsonl"), **options), producer or FakeProducer()
     )
-
-
-def custom_ids(path: Path) -> list[str]:
-    return [row["custom_id"] for row in read_rows(path)]
 
 
 async def test_every_row_comes_out_once_and_the_summary_adds_up(tmp_path: Path) -> None:
@@ -59,7 +56,7 @@ async def test_every_row_comes_out_once_and_the_summary_adds_up(tmp_path: Path) 
 async def test_request_ids_differ_between_runs_of_one_file(tmp_path: Path) -> None:
     one, other = FakeProducer(), FakeProducer()
     await run(tmp_path, [chat_row()], one)
-    await run(tmp_path, [chat_row()], other, overwrite=True)
+    await run(tmp_path, [chat_row()], other, restart=True)
     assert one.seen[0].request_id != other.seen[0].request_id
 
 
@@ -127,6 +124,7 @@ async def test_requests_that_end_without_an_answer_are_failed_rows(tmp_path: Pat
         "line": 1,
     }
     assert late["error"]["code"] == "expired"
+    assert late["partial"]["choices"][0]["message"]["content"] == "an answer"
     assert summary.failed_by_code == {"context_length_exceeded": 1, "expired": 1}
     assert summary.first_answer_s is None
 
@@ -144,6 +142,7 @@ async def test_of_rows_with_one_custom_id_the_first_is_run(tmp_path: Path) -> No
     refused, *answered = read_rows(tmp_path / "out.jsonl")
     assert refused["error"]["line"] == 3
     assert refused["error"]["param"] == "custom_id"
+    assert refused["error"]["code"] == "duplicate_custom_id"
     assert "that of row 1 already" in refused["error"]["message"]
     assert sorted(row["custom_id"] for row in answered) == ["a", "b"]
     assert len(producer.seen) == 2
@@ -283,28 +282,28 @@ async def test_a_cancelled_run_leaves_whole_lines(tmp_path: Path) -> None:
     assert producer.closed
 
 
-async def test_a_full_disk_ends_the_run_with_whole_lines(
+async def test_a_failing_disk_ends_the_run_with_whole_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = os.write
-    num_bytes_free = 1000
+    num_bytes_good = 1000
 
-    def fill_up(fd: int, data: bytes) -> int:
-        nonlocal num_bytes_free
-        if num_bytes_free == 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        num_written = write(fd, data[:num_bytes_free])
-        num_bytes_free -= num_written
+    def fail_soon(fd: int, data: bytes) -> int:
+        nonlocal num_bytes_good
+        if num_bytes_good == 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        num_written = write(fd, data[:num_bytes_good])
+        num_bytes_good -= num_written
         return num_written
 
     with monkeypatch.context() as patch:
-        patch.setattr("producer.batch.writer.os.write", fill_up)
-        with pytest.raises(ForebayError, match=r"No space left on device; the \d rows"):
+        patch.setattr("producer.batch.writer.os.write", fail_soon)
+        with pytest.raises(ForebayError, match=r"Input/output error; the rows written before"):
             await run(tmp_path, [chat_row(f"r{i}") for i in range(10)])
     assert 0 < len(read_rows(tmp_path / "out.jsonl")) < 10
 
 
-async def test_a_full_disk_met_by_a_refused_row_ends_the_run(
+async def test_a_device_that_takes_nothing_ends_the_run(
     tmp_path: Path,
 ) -> None:
     rows = [chat_row("a"), chat_row("b", n=2), chat_row("c")]
@@ -332,22 +331,6 @@ async def test_a_read_error_ends_the_input_and_keeps_what_was_submitted(
     assert sorted(custom_ids(tmp_path / "out.jsonl")) == ["a", "b"]
 
 
-def test_an_output_with_results_is_refused_unless_it_may_be_overwritten(tmp_path: Path) -> None:
-    source = write_rows(tmp_path / "in.jsonl", [chat_row()])
-    out = tmp_path / "out.jsonl"
-    out.write_bytes(b"precious\n")
-    with pytest.raises(ConfigError, match=r"already holds 9 bytes; .* --overwrite"):
-        asyncio.run(run_batch(BatchOptions(source, str(out)), FakeProducer()))
-    assert out.read_bytes() == b"precious\n"
-
-    options = BatchOptions(source, str(out), overwrite=True)
-    with open_files(options):
-        pass
-    assert out.read_bytes() == b"precious\n"  # opening alone loses nothing
-    asyncio.run(run_batch(options, FakeProducer()))
-    assert custom_ids(out) == ["a"]
-
-
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -356,8 +339,8 @@ def test_an_output_with_results_is_refused_unless_it_may_be_overwritten(tmp_path
         ({"output": "no/such/out.jsonl"}, "cannot write the results to .*: No such file"),
         ({"output": "."}, "cannot write the results to .*: Is a directory"),
         ({"errors": "no/such/err.jsonl"}, "cannot write the failed rows to .*: No such file"),
-        ({"output": "in.jsonl", "overwrite": True}, "is the input and would be written to"),
-        ({"errors": "in.jsonl", "overwrite": True}, "is the input and would be written to"),
+        ({"output": "in.jsonl", "restart": True}, "is the input and would be written to"),
+        ({"errors": "in.jsonl", "restart": True}, "is the input and would be written to"),
         ({"errors": "out.jsonl"}, "is to take both results and failed rows"),
     ],
 )
@@ -379,3 +362,8 @@ def test_files_that_cannot_be_used_are_refused_before_anything_starts(
 def test_bounds_below_one_are_refused() -> None:
     with pytest.raises(ConfigError, match="max_in_flight is 0"):
         BatchOptions("in", "out", max_in_flight=0)
+
+
+def test_one_cannot_start_over_and_go_on_at_once() -> None:
+    with pytest.raises(ConfigError, match="give one of them"):
+        BatchOptions("in", "out", restart=True, retry_failed=True)
