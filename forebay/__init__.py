@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         Delivery,
         Producer,
         RequestHandle,
+        StreamPosition,
         SyncHandle,
         SyncProducer,
     )
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         IntakeFull,
         InvalidRequest,
         ModelError,
+        ProducerClosed,
         RequestCancelled,
         RequestExpired,
         RequestFailed,
@@ -51,6 +53,7 @@ __all__ = [
     "InvalidRequest",
     "ModelError",
     "Producer",
+    "ProducerClosed",
     "Prompt",
     "Request",
     "RequestCancelled",
@@ -62,6 +65,7 @@ __all__ = [
     "ResultGone",
     "SamplingParams",
     "ServerUnreachable",
+    "StreamPosition",
     "SyncHandle",
     "SyncProducer",
     "WireError",
@@ -71,7 +75,15 @@ __all__ = [
 
 _HOMES = {
     **dict.fromkeys(
-        ("Consumer", "Delivery", "Producer", "RequestHandle", "SyncHandle", "SyncProducer"),
+        (
+            "Consumer",
+            "Delivery",
+            "Producer",
+            "RequestHandle",
+            "StreamPosition",
+            "SyncHandle",
+            "SyncProducer",
+        ),
         "producer",
     ),
     **dict.fromkeys(("ChatMessage", "Chunk", "Prompt", "Request", "Result"), "wire.messages"),

@@ -33,7 +33,7 @@ class Broker:
     def __init__(self, directory: Path, process: Process | None) -> None:
         self.directory = directory
         self.socket = socket_path(directory)
-        self.url = f"unix://{self.socket}"
+        self.url = broker_url(directory)
         self._process = process
 
     @classmethod
@@ -119,6 +119,10 @@ class Broker:
         if self.socket.parent != self.directory:
             self.socket.unlink(missing_ok=True)
 
+    def was_killed(self) -> bool:
+        """Whether a signal ended it; of one that was attached to nothing is known but its end."""
+        return self._process is None or (self._process.returncode or 0) < 0
+
     def failure(self) -> ServerUnreachable:
         """Why it ended, as an error: the signal that killed it, or the last line it logged."""
         status = None if self._process is None else self._process.returncode
@@ -155,6 +159,11 @@ class Broker:
                     await writer.wait_closed()
         except (OSError, TimeoutError):
             return b""
+
+
+def broker_url(directory: Path) -> str:
+    """Where a broker on `directory` is to be reached."""
+    return f"unix://{socket_path(directory)}"
 
 
 def server_arguments(binary: BrokerBinary, directory: Path) -> list[str]:

@@ -54,7 +54,8 @@ class Child:
             env=dict(environment),
             start_new_session=True,
         )
-        return cls(name, process, log_path.open("wb", buffering=0), echo=echo)
+        # Behind what an earlier life of the same child has written.
+        return cls(name, process, log_path.open("ab", buffering=0), echo=echo)
 
     async def wait(self) -> int:
         """Return its exit status once it has ended and everything it wrote was read."""
@@ -74,6 +75,10 @@ class Child:
                 os.killpg(self._process.pid, signal.SIGKILL)
             await self._process.wait()
         await self._end_of_output()
+
+    def was_killed(self) -> bool:
+        """Whether a signal ended it."""
+        return (self._process.returncode or 0) < 0
 
     def failure(self) -> ForebayError:
         """Why it ended early, in its own words, as the error that fits its exit status."""

@@ -1,4 +1,4 @@
-"""Who is at work: schedulers and worker groups, as the server knows them."""
+"""Who is at work and what waits, as the server knows it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,17 @@ _POLL_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class FleetStatus:
-    """How many schedulers are alive, and the heartbeats of the groups that are."""
+    """How many schedulers are alive, the heartbeats of the groups that are, and what waits.
+
+    `num_queued` requests wait for a group, `num_delayed` for another attempt after an error;
+    `num_dead_letters` have failed for good and are kept to be looked into.
+    """
 
     num_schedulers: int
     groups: tuple[GroupStatus, ...]
+    num_queued: int
+    num_delayed: int
+    num_dead_letters: int
 
 
 async def fleet_status(url: str, namespace: str) -> FleetStatus:
@@ -31,11 +38,24 @@ async def fleet_status(url: str, namespace: str) -> FleetStatus:
             num_schedulers = 0
             async for _ in client.scan_iter(match=_escape(keys.scheduler("")) + "*", count=1000):
                 num_schedulers += 1
-            _, entries = await Scripts(client, keys).fleet()
+            server_ms, entries = await Scripts(client, keys).fleet()
+            num_queued = sum([await client.xlen(intake) for intake in keys.intakes.values()])
+            num_delayed = await client.zcard(keys.delayed)
+            num_dead_letters = await client.zcard(keys.dead_letters)
     finally:
         await client.aclose()
-    beats = [decode(GroupStatus, entry.status) for entry in entries if entry.status is not None]
-    return FleetStatus(num_schedulers, tuple(sorted(beats, key=lambda beat: beat.group_id)))
+    beats = [
+        decode(GroupStatus, entry.status)
+        for entry in entries
+        if entry.status is not None and entry.lease_until_ms > server_ms
+    ]
+    return FleetStatus(
+        num_schedulers,
+        tuple(sorted(beats, key=lambda beat: beat.group_id)),
+        num_queued,
+        num_delayed,
+        num_dead_letters,
+    )
 
 
 async def wait_until_serving(url: str, namespace: str, *, num_groups: int) -> list[str]:

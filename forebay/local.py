@@ -1,4 +1,8 @@
-"""The whole pipeline on one machine: a broker, a scheduler and worker groups as our children."""
+"""The whole pipeline on one machine: a broker, a scheduler and worker groups as our children.
+
+A process that is killed is started again (`forebay/supervision.py`), the broker on the data that
+it has written; the others ride out its absence.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,15 @@ import shutil
 import sys
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from forebay.broker import Broker
+from forebay.broker import Broker, broker_url
 from forebay.broker_binary import find_broker
 from forebay.child import Child
 from forebay.paths import private_directory
+from forebay.supervision import Supervised
 from service.lifecycle import unless_stopped
 from service.settings import LocalSettings, WorkerSettings, flag, variable
 from wire.errors import ModelError
@@ -22,21 +28,21 @@ from wire.errors import ModelError
 T = TypeVar("T")
 
 _HURRIED_STOP_S = 2.0
+_BROKER_STOP_TIMEOUT_S = 10.0
 
 
 class LocalPipeline:
     """The running pipeline: where its server is, and a watch over its processes."""
 
-    def __init__(self, broker: Broker, children: list[Child], patience_s: float) -> None:
-        self.url = broker.url
-        self._broker = broker
-        self._children = children
+    def __init__(self, url: str, patience_s: float) -> None:
+        self.url = url
         self._patience_s = patience_s
+        self._processes: list[Supervised] = []
 
     async def run(self, work: Coroutine[Any, Any, T], *, stop: asyncio.Event) -> T | None:
         """The result of `work`; None if `stop` was set before it was done.
 
-        Raises what `work` raises, or why a process of the pipeline ended meanwhile.
+        Raises what `work` raises, or why a process of the pipeline ended for good meanwhile.
         """
         return await unless_stopped(self._watched(work), stop)
 
@@ -44,18 +50,24 @@ class LocalPipeline:
         """Nobody waits for what the groups run: let them be ended within moments."""
         self._patience_s = _HURRIED_STOP_S
 
+    async def start(self, process: Supervised) -> None:
+        """Start one more process; the first one is the broker."""
+        self._processes.append(process)
+        await process.start()
+
     async def stop(self) -> None:
         """End the children, then the broker; nothing that they started is left."""
-        await asyncio.gather(*(child.stop(self._patience_s) for child in self._children))
-        await self._broker.stop()
+        broker, *children = self._processes
+        await asyncio.gather(*(child.stop(self._patience_s) for child in children))
+        await broker.stop(_BROKER_STOP_TIMEOUT_S)
 
     async def _watched(self, work: Coroutine[Any, Any, T]) -> T:
         try:
             async with asyncio.TaskGroup() as group:
-                watches = [group.create_task(self._watch_broker(), name="watch-broker")]
-                for child in self._children:
-                    watch = group.create_task(_watch_child(child), name=f"watch-{child.name}")
-                    watches.append(watch)
+                watches = [
+                    group.create_task(process.keep_up(), name=f"keep-up-{process.name}")
+                    for process in self._processes
+                ]
                 result = await work
                 for watch in watches:
                     watch.cancel()
@@ -63,15 +75,6 @@ class LocalPipeline:
             # The first is the cause: when a process dies, the work soon fails too.
             raise group_error.exceptions[0] from None
         return result
-
-    async def _watch_broker(self) -> None:
-        await self._broker.wait()
-        raise self._broker.failure()
-
-
-async def _watch_child(child: Child) -> None:
-    await child.wait()
-    raise child.failure()
 
 
 @asynccontextmanager
@@ -93,20 +96,29 @@ async def local_pipeline(
     broker does not come up.
     """
     check_model(WorkerSettings.load(**worker_flags))
-    broker = await Broker.start_or_attach(
-        directory, binary=find_broker(settings.broker), timeout_s=settings.start_timeout_s
+    start_broker = partial(
+        Broker.start_or_attach,
+        directory,
+        binary=find_broker(settings.broker),
+        timeout_s=settings.start_timeout_s,
     )
-    children: list[Child] = []
-    pipeline = LocalPipeline(broker, children, settings.stop_timeout_s)
+    pipeline = LocalPipeline(broker_url(directory), settings.stop_timeout_s)
+    await pipeline.start(Supervised("broker", start_broker))
     try:
-        environment = _environment(broker.url, settings, verbose)
+        environment = _environment(pipeline.url, settings, verbose)
         environment["TMPDIR"] = str(_emptied(directory / "tmp"))
         for name, program in _programs(settings, worker_flags).items():
             log_path = directory / f"{name}.log"
-            child = await Child.start(
-                name, program, environment=environment, log_path=log_path, echo=verbose
+            log_path.unlink(missing_ok=True)
+            start_child = partial(
+                Child.start,
+                name,
+                program,
+                environment=environment,
+                log_path=log_path,
+                echo=verbose,
             )
-            children.append(child)
+            await pipeline.start(Supervised(name, start_child))
         yield pipeline
     except BaseException:
         pipeline.hurry()

@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import gc
 import inspect
+import logging
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from pathlib import Path
 import psutil
 import pytest
 import redis
+import structlog
 
 from forebay.broker import server_arguments
 from forebay.broker_binary import BrokerBinary, find_broker, inspect_broker, packaged_broker
@@ -120,6 +122,17 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.upper().startswith("FOREBAY_"):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """What a test runs in its own process may set up logging, to a stream that the test closes."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    structlog.reset_defaults()
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture(autouse=True)

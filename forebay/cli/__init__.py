@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 import forebay
+from forebay.cli.dead_letters import dead_letters_command
 from forebay.cli.run_batch import run_batch_command
 from forebay.cli.status import status_command
 from forebay.cli.submit import submit_command
@@ -42,6 +43,7 @@ cli.add_command(run_batch_command)
 cli.add_command(up_command)
 cli.add_command(submit_command)
 cli.add_command(status_command)
+cli.add_command(dead_letters_command)
 cli.add_command(scheduler_command)
 cli.add_command(worker_command)
 

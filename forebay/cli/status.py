@@ -1,4 +1,4 @@
-"""`forebay status`: who is at work, for people and for health checks."""
+"""`forebay status`: who is at work and what waits, for people and for health checks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from wire.messages import GroupStatus
 
 
-@click.command("status", short_help="Show who is at work.")
+@click.command("status", short_help="Show who is at work, and what waits.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--need-scheduler", is_flag=True, help="Fail unless a scheduler is alive.")
 @click.option("--need-group", metavar="ID", help="Fail unless this worker group is alive.")
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def status_command(
     as_json: bool, need_scheduler: bool, need_group: str | None, **flags: Any
 ) -> int:
-    """Show the schedulers and worker groups that are alive.
+    """Show the schedulers and worker groups that are alive, and what waits for them.
 
     Example:
 
@@ -53,11 +53,16 @@ def status_command(
     return ExitCode.PIPELINE_DOWN if missing else ExitCode.OK
 
 
+_SEE = "; see `forebay dead-letters list`"
+
+
 def _lines(status: FleetStatus) -> list[str]:
     return [
         f"schedulers  {status.num_schedulers}",
         f"groups      {len(status.groups)}",
         *(_line(group) for group in status.groups),
+        f"queued      {status.num_queued}, and {status.num_delayed} more after an error",
+        f"dead        {status.num_dead_letters}" + (_SEE if status.num_dead_letters else ""),
     ]
 
 

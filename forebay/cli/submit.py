@@ -106,7 +106,7 @@ async def _print_answer(handle: RequestHandle, *, stream: bool) -> bool:
     if stream:
         async for chunk in handle:
             print(chunk.text, end="", flush=True)
-        print()
+        print(flush=True)
     else:
-        print((await handle.result()).text)
+        print((await handle.result()).text, flush=True)
     return True

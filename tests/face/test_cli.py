@@ -61,7 +61,8 @@ def test_without_arguments_the_help_is_shown(capsys: pytest.CaptureFixture[str])
     code, out, err = run(capsys)
     assert (code, out) == (ExitCode.USAGE, "")
     assert err.startswith("Usage: ")
-    assert "Commands:\n  run-batch " in err
+    assert "Commands:\n" in err
+    assert "\n  run-batch " in err
 
 
 @pytest.mark.parametrize("name", cli.commands)
@@ -101,6 +102,9 @@ def test_services_run_as_modules_too(module: str) -> None:
         (["run-batch", "-i", "IN", "-o", "/nowhere/out", "--model", "m"], 3, "/nowhere/out"),
         (["run-batch", "-i", "IN", "-o", "IN", "--model", "m"], 2, "is the input"),
         (["run-batch", "-i", "IN", "-o", "OUT", "--redis", NOBODY], 4, "127.0.0.1:1"),
+        (["run-batch", "-i", "IN", "-o", "OUT", "--restart", "--retry-failed"], 2, "give one"),
+        (["run-batch", "-i", "IN", "-o", "-", "--retry-failed"], 2, "standard output cannot be"),
+        (["run-batch", "-i", "IN", "-o", "OTHER", "--model", "m"], 3, "line 1 of"),
         (
             ["run-batch", "-i", "IN", "-o", "OUT", "--redis", NOBODY, "--block-size", "8"],
             2,
@@ -116,7 +120,9 @@ def test_an_error_is_one_line_and_an_exit_code(
     code: int,
     message: str,
 ) -> None:
-    places = {"IN": prompts, "OUT": tmp_path / "out.jsonl", "STATE": tmp_path / "state"}
+    (tmp_path / "notes.txt").write_text("not an output\n")
+    names = {"OUT": "out.jsonl", "OTHER": "notes.txt", "STATE": "state"}
+    places = {"IN": prompts, **{place: tmp_path / name for place, name in names.items()}}
     given, out, err = run(capsys, *(places.get(argument, argument) for argument in arguments))
     last_line = err.splitlines()[-1]
     assert given == code, err
@@ -146,6 +152,29 @@ def test_an_engine_flag_on_the_command_line_beats_a_server_in_the_environment(
     batch = ["run-batch", "-i", prompts, "-o", tmp_path / "out.jsonl"]
     assert run(capsys, *batch)[0] == ExitCode.PIPELINE_DOWN
     assert run(capsys, *batch, "--model", "missing.gguf")[0] == ExitCode.UNUSABLE_FILE
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "outcome"),
+    [("null", ExitCode.OK, "0 failed"), ('{"code": "x"}', ExitCode.REQUESTS_FAILED, "1 of them")],
+)
+def test_a_batch_run_that_has_ended_needs_neither_server_nor_model(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    prompts: Path,
+    error: str,
+    code: ExitCode,
+    outcome: str,
+) -> None:
+    output = tmp_path / "out.jsonl"
+    output.write_text(f'{{"id": "", "custom_id": "a", "response": {{}}, "error": {error}}}\n')
+    batch = ["run-batch", "-i", prompts, "-o", output]
+    for flags in (["--redis", NOBODY], ["--model", "missing.gguf"]):
+        given, out, err = run(capsys, *batch, *flags)
+        assert (given, out) == (code, "")
+        assert "resumed: 1 row was done already" in err
+        assert "requests  1: 1 done before" in err
+        assert outcome in err
 
 
 @pytest.mark.parametrize(

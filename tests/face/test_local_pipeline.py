@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -164,34 +166,64 @@ def test_a_killed_run_takes_all_its_processes_along(environment: dict[str, str])
     assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
 
 
-def test_a_service_that_dies_ends_the_run(environment: dict[str, str]) -> None:
-    with subprocess.Popen(
+@pytest.mark.parametrize("name", ["scheduler", "gpu_worker", "broker"])
+def test_a_process_that_is_killed_is_replaced_and_the_run_goes_on(
+    environment: dict[str, str], name: str
+) -> None:
+    with open_run(environment) as process:
+        ask(process, 1)
+        victim = child_of(process, name)
+        victim.kill()
+        assert wait_until(lambda: not victim.is_running())
+        ask(process, 2, first=1)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err.decode()
+    assert b"3: 3 answered, 0 failed" in err
+
+
+def test_a_process_that_dies_again_and_again_ends_the_run(environment: dict[str, str]) -> None:
+    with open_run(environment) as process:
+        ask(process, 1)
+        while process.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess, ValueError):
+                child_of(process, "scheduler").kill()
+            time.sleep(0.05)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 4
+    last_line = err.decode().splitlines()[-1]
+    assert last_line.startswith("error: the scheduler process was killed by signal 9")
+
+
+def open_run(environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """A batch run that reads from us and writes to us."""
+    return subprocess.Popen(
         [*FOREBAY, "run-batch", "-i", "-", "-o", "-", "--model", "stub:"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=environment,
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(rows(1).encode())
-        process.stdin.flush()
-        assert process.stdout.readline()
-        [scheduler] = [
-            child
-            for child in psutil.Process(process.pid).children()
-            if "scheduler" in child.cmdline()
-        ]
-        scheduler.kill()
-        assert process.stderr is not None
-        err = process.stderr.read()
-        process.wait(timeout=20)
-    assert process.returncode == 4
-    assert (
-        err.decode()
-        .splitlines()[-1]
-        .startswith("error: the scheduler process was killed by signal 9")
     )
+
+
+def ask(process: subprocess.Popen[bytes], number: int, *, first: int = 0) -> None:
+    """Give the run some rows and wait for their answers."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write("".join(rows(first + number).splitlines(True)[first:]).encode())
+    process.stdin.flush()
+    for _ in range(number):
+        assert process.stdout.readline()
+
+
+def child_of(process: subprocess.Popen[bytes], name: str) -> psutil.Process:
+    """One of the run's own children."""
+    wanted = {"broker": "-server"}.get(name, name)
+    [child] = [
+        child
+        for child in psutil.Process(process.pid).children()
+        if any(wanted in part for part in child.cmdline())
+    ]
+    return child
 
 
 @pytest.fixture

@@ -19,6 +19,8 @@ class Terminal(io.StringIO):
 def summary(**changes: object) -> BatchSummary:
     values: dict[str, object] = {
         "num_rows": 3,
+        "num_resumed": 0,
+        "num_resumed_failed": 0,
         "num_succeeded": 3,
         "failed_by_code": {},
         "num_prompt_tokens": 30,
@@ -57,6 +59,38 @@ def test_elsewhere_there_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch)
     )
 
 
+def test_what_earlier_runs_did_counts_as_done_but_not_for_the_rate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stream = io.StringIO()
+    clock = [100.0]
+    monkeypatch.setattr("forebay.cli.progress.time.monotonic", lambda: clock[0])
+    with Progress(stream) as shown:
+        shown.on_resumed(1190, 10)
+        shown.on_read(1201, 1300)
+        clock[0] += 10
+        shown.on_done(50, 0, 10, 1000)
+        shown.on_notice("paused: the disk is full")
+    assert stream.getvalue() == (
+        "resumed: 1,200 rows were done already, 10 of them without an answer "
+        "(--retry-failed runs these again)\n"
+        "1250/1300 requests (1200 resumed), 0 failed, 5.0 requests/s, 100 tokens/s, "
+        "about 10 s left\n"
+        "paused: the disk is full\n"
+    )
+
+
+def test_a_bar_starts_where_earlier_runs_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_BAR_EVERY_S", 0.0)
+    stream = Terminal()
+    with Progress(stream) as shown:
+        shown.on_resumed(1, 0)
+        shown.on_read(2, 4)
+        shown.on_done(1, 0, 10, 20)
+        assert "2/4" in stream.getvalue()
+    assert "resumed: 1 row was done already\n" in stream.getvalue()
+
+
 def test_of_many_failures_the_first_are_shown() -> None:
     stream = io.StringIO()
     with Progress(stream) as shown:
@@ -74,6 +108,13 @@ def test_the_summary_says_what_came_of_the_run() -> None:
     assert "30 in (16 cached), 100 out, 50.0 out/s" in text
     assert "2.0 s, the first answer after 0.5 s" in text
     assert "out.jsonl" in text
+
+
+def test_the_summary_tells_what_was_done_before() -> None:
+    [requests, *_] = summary_lines(summary(num_rows=10, num_resumed=7))
+    assert requests == "requests  10: 7 done before, 3 answered, 0 failed"
+    [requests, *_] = summary_lines(summary(num_rows=10, num_resumed=7, num_resumed_failed=2))
+    assert requests == "requests  10: 7 done before (2 of them failed), 3 answered, 0 failed"
 
 
 def test_the_summary_counts_failures_by_their_kind() -> None:
