@@ -18,7 +18,7 @@ from wire.messages import Assignment, ErrorInfo
 from wire.records import error_info
 from wire.streams import START, read
 
-BLOCK_MS = 500
+BLOCK_MS = 2000
 MAX_ENTRIES = 64
 _ASSIGNMENT = "assignment:"
 
@@ -64,7 +64,7 @@ class Inbox:
         self._to_delete = []
 
     async def read(self) -> Mail:
-        """Wait for mail, up to half a second; what was read before does not come again."""
+        """Wait for mail, up to two seconds; what was read before does not come again."""
         arrived = await read(
             self._blocking_client,
             {self._key: self._position},

@@ -12,16 +12,14 @@ from redis.exceptions import RedisError
 
 from gpu_worker.heartbeat import Heartbeat
 from wire.codec import encode
-from wire.errors import RequestFailed
 from wire.ids import GroupId
 from wire.keys import Keys
 from wire.messages import GroupStatus, ModelCard
-from wire.records import ending
+from wire.reclaiming import take_back
 from wire.scripts import ReclaimReason, Scripts
 
 log = structlog.get_logger(__name__)
 
-RECLAIM_LIMIT = 500
 RETRY_S = 0.1
 
 
@@ -112,34 +110,23 @@ class Membership:
             async with asyncio.timeout(self._timeout_ms / 1000):
                 while True:
                     try:
-                        return await self._reclaim(how, reason)
+                        counts = await take_back(
+                            self._scripts,
+                            self.group_id,
+                            self.epoch,
+                            how=how,
+                            max_crashes=self._max_crashes,
+                            reason=reason,
+                            model=self._card.name,
+                        )
+                        assert counts is not None, "only a lapse depends on the lease"
+                        return counts[0]
                     except RedisError as error:
                         log.warning("requests not given back yet", error=str(error))
                         await asyncio.sleep(RETRY_S)
         except TimeoutError:
             log.warning("requests not given back", group_id=self.group_id, epoch=self.epoch)
             return 0
-
-    async def _reclaim(self, how: ReclaimReason, reason: str) -> int:
-        died = RequestFailed(
-            f"worker groups died {self._max_crashes} times or more while they held this request, "
-            f"the last time when they held nothing else: {reason}",
-            reason="worker_lost",
-        )
-        num_returned = 0
-        while True:
-            counts = await self._scripts.reclaim(
-                self.group_id,
-                self.epoch,
-                how=how,
-                max_crashes=self._max_crashes,
-                limit=RECLAIM_LIMIT,
-                result=encode(ending("failed", died, model=self._card.name)),
-            )
-            assert counts is not None, "only a lapse depends on the lease"
-            num_returned += counts[0]
-            if counts[0] < RECLAIM_LIMIT:
-                return num_returned
 
     def server_ms(self) -> int:
         """The server's clock, reckoned from the last heartbeat."""

@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
 import structlog
 from redis.asyncio import Redis
 
 from gpu_worker.committer import Committer
 from gpu_worker.hang_watch import HangWatch
-from gpu_worker.inbox import Inbox
+from gpu_worker.inbox import Inbox, Mail
 from gpu_worker.ledger import Ledger
 from gpu_worker.membership import Membership
-from gpu_worker.output import TextDecoder
 from gpu_worker.rank_group import RankGroup, RankLost
 from gpu_worker.rank_protocol import (
     AbortRequests,
@@ -32,6 +32,8 @@ from gpu_worker.rank_protocol import (
     StepOutput,
     StepProgress,
 )
+from gpu_worker.text import TextDecoder
+from service.lifecycle import unless_stopped
 from service.resilience import one_error, repeat, sleep_unless
 from service.settings import WorkerSettings
 from wire.errors import RequestExpired
@@ -45,6 +47,8 @@ log = structlog.get_logger(__name__)
 
 STOP_TIMEOUT_S = 10.0
 TICK_S = 0.05
+MAX_LOOK_S = 0.25
+LOOKS_PER_TIMEOUT = 20
 
 
 class Orchestrator:
@@ -92,6 +96,7 @@ class Orchestrator:
         self._stats = EngineStats()
         self._in_doubt = False
         self._draining = False
+        self._has_deadlines = asyncio.Event()
         self._left = asyncio.Event()
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -144,8 +149,9 @@ class Orchestrator:
             await asyncio.sleep(TICK_S)
 
     async def _watch_progress(self) -> None:
+        look_s = min(MAX_LOOK_S, self._settings.step_timeout_s / LOOKS_PER_TIMEOUT)
         while not self._hang_watch.is_hung(time.monotonic(), busy=self._ledger.num_running > 0):
-            await asyncio.sleep(TICK_S)
+            await asyncio.sleep(look_s)
         raise RankLost(
             f"the ranks have {self._ledger.num_running} requests to compute and have not got on "
             f"for {self._settings.step_timeout_s:g} s: one of them hangs"
@@ -171,13 +177,17 @@ class Orchestrator:
     async def _take_in(self, stop: asyncio.Event) -> None:
         if not self._membership.is_member:
             await self._join(stop)
-        mail = await self._inbox.read()
+        mail = await unless_stopped(self._unless_lost(self._inbox.read()), self._left)
+        if mail is None:
+            return
         for item in mail.undecodable:
             log.error("assignment refused", request_id=item.request_id, error=item.error.message)
             self._ledger.refuse(item.request_id, item.fence, item.error)
             self._committer.wake()
         for assignment in mail.assignments:
             self._ledger.open(assignment)
+        if self._ledger.has_deadlines:
+            self._has_deadlines.set()
         if mail.assignments:
             await self._ranks.send(AddRequests(tuple(mail.assignments)))
         for request_id in mail.cancelled:
@@ -185,6 +195,9 @@ class Orchestrator:
         await self._inbox.delete_read()
         if self._in_doubt:
             self._in_doubt = not await self._committer.reconcile(self._inbox.position)
+
+    async def _unless_lost(self, reading: Coroutine[Any, Any, Mail]) -> Mail | None:
+        return await unless_stopped(reading, self._membership.lost)
 
     async def _join(self, stop: asyncio.Event) -> None:
         if self._membership.lost.is_set():
@@ -201,7 +214,11 @@ class Orchestrator:
         for request_id in self._ledger.past_deadline(self._membership.server_ms()):
             late = RequestExpired("the deadline passed while the request was running")
             await self._end(request_id, "expired", error_info(late))
-        await sleep_unless(self._left, TICK_S)
+        if self._ledger.has_deadlines:
+            await sleep_unless(self._left, TICK_S)
+        else:
+            self._has_deadlines.clear()
+            await unless_stopped(self._has_deadlines.wait(), self._left)
 
     async def _end(
         self, request_id: RequestId, state: TerminalState, error: ErrorInfo | None = None
@@ -223,12 +240,17 @@ class Orchestrator:
             match frame:
                 case StepProgress():
                     continue
-                case StepOutput(outputs, stats):
-                    self._stats = stats
-                    await self._abort(self._ledger.add(outputs))
-                    if outputs:
-                        self._committer.wake()
-                    if any(output.finish_reason is not None for output in outputs):
-                        self._on_answer()
+                case StepOutput():
+                    await self._take_step(frame)
                 case _:
                     raise RankLost(f"rank 0 sent {type(frame).__name__} in place of StepOutput")
+
+    async def _take_step(self, step: StepOutput) -> None:
+        self._stats = step.stats
+        stopped = self._ledger.add(step.outputs)
+        stopped += self._ledger.add_tokens(step.indices, step.token_ids)
+        await self._abort(stopped)
+        if self._ledger.is_due:
+            self._committer.wake()
+        if any(output.finish_reason is not None for output in step.outputs):
+            self._on_answer()

@@ -1,19 +1,17 @@
 """From an engine's tokens to what a request's reader gets: text, chunks, the result.
 
-This is the orchestrator's half of a sequence: it turns tokens into text as they come, ends the
-text at stop strings, and cuts it into chunks for the journal.
+This is the orchestrator's half of a sequence: it turns tokens into text, ends the text at stop
+strings, and cuts it into chunks for the journal. Tokens become text when somebody is to read it,
+many at a time; only with stop strings, which may end the request, each as it comes.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from functools import lru_cache
-
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from gpu_worker.rank_protocol import RawLogprob, SequenceOutput
-from wire.ids import RequestId, TokenIds, token_ids
+from gpu_worker.text import TextDecoder
+from wire.ids import RequestId, token_ids
 from wire.messages import (
     Assignment,
     Chunk,
@@ -31,62 +29,27 @@ CONTEXT_TOKENS = 8
 MAX_CUTS = 1024
 """So many chunks can be written again: more than fit into the moments that a server may lose."""
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-"""What bytes decode to that are no character, or not yet."""
-
-
-class TextDecoder:
-    """The tokenizer of a model, for decoding."""
-
-    def __init__(self, tokenizer_json: bytes) -> None:
-        self._tokenizer = Tokenizer.from_buffer(tokenizer_json)
-        self.token_text = lru_cache(maxsize=65_536)(self._token_text)
-
-    def stream(self, context: TokenIds) -> TextStream:
-        """A decoder for one sequence that begins behind the tokens of `context`."""
-        return TextStream(self._tokenizer, context)
-
-    def _token_text(self, token_id: int) -> str:
-        return self._tokenizer.decode([token_id], skip_special_tokens=False)
-
-
-class TextStream:
-    """The text of one sequence, token by token."""
-
-    def __init__(self, tokenizer: Tokenizer, context: TokenIds) -> None:
-        self._tokenizer = tokenizer
-        ids = list(context)
-        # Behind half a character the decoder would begin with the text of the whole context.
-        if tokenizer.decode(ids).endswith(REPLACEMENT):
-            ids.clear()
-        self._stream = DecodeStream(ids=ids, skip_special_tokens=True)
-        self._textless: list[int] = []
-
-    def step(self, token_id: int) -> str:
-        """The text that a further token gives; "" in the middle of a character."""
-        self._textless.append(token_id)
-        try:
-            text = self._stream.step(self._tokenizer, token_id)
-        except Exception:
-            # Bytes that are no character have changed how those before them decode (tokenizers
-            # that fall back to bytes join them first). What is out stays; go on from here.
-            text = self._tokenizer.decode(self._textless)
-            self._stream = DecodeStream(ids=[token_id], skip_special_tokens=True)
-        if text:
-            self._textless.clear()
-        return text or ""
-
 
 class RequestOutput:
-    """The output of one request so far."""
+    """The output of one request so far.
 
-    def __init__(self, assignment: Assignment, decoder: TextDecoder) -> None:
+    `chunk_tokens` is how many tokens make a chunk worth writing. `index` is the number by which
+    the ranks name the sequence, once they have told.
+    """
+
+    def __init__(
+        self, assignment: Assignment, decoder: TextDecoder, *, chunk_tokens: int = 1
+    ) -> None:
         sampling = assignment.sampling
         self.assignment = assignment
+        self.index: int | None = None
         self._decoder = decoder
+        self._chunk_tokens = chunk_tokens
         self._stream = decoder.stream(assignment.prompt_token_ids[-CONTEXT_TOKENS:])
         self._token_ids = token_ids()
         self._text = ""
+        self._num_decoded = 0
+        self._num_unspoken = 0  # at the end: a stop token
         self._logprobs: list[TokenLogprob] = list(assignment.generated_logprobs or ())
         self._stop = sampling.stop
         self._longest_stop = max(map(len, sampling.stop), default=0)
@@ -102,6 +65,7 @@ class RequestOutput:
         self._cuts = deque(
             [(len(assignment.generated), len(assignment.generated_text))], maxlen=MAX_CUTS
         )
+        self._note_cut()
 
     @property
     def request_id(self) -> RequestId:
@@ -120,6 +84,23 @@ class RequestOutput:
         """How many tokens are in no chunk yet."""
         return len(self._token_ids) - self._cuts[-1][0]
 
+    @property
+    def has_chunk(self) -> bool:
+        """Whether there are enough tokens for a chunk."""
+        return len(self._token_ids) >= self._next_cut
+
+    def add_token(self, token_id: int) -> bool:
+        """Take in a token, and no more of a step's output. Returns True if that has consequences.
+
+        Either there are enough tokens for a chunk, or a stop string has ended the request (`state`
+        tells): then the engine must be told to stop the sequence.
+        """
+        self._token_ids.append(token_id)
+        if self._stop and self._reaches_stop():
+            self._finish_reason = "stop"
+            return True
+        return len(self._token_ids) >= self._next_cut
+
     def add(self, output: SequenceOutput) -> bool:
         """Take in a step's output. Returns True when a stop string ended it before the engine did.
 
@@ -134,6 +115,7 @@ class RequestOutput:
                 self._logprobs.append(self._logprob(output.logprobs[index]))
             if index >= num_spoken:
                 self._token_ids.append(token_id)
+                self._num_unspoken += 1
             elif self._append(token_id):
                 self._finish_reason = "stop"
                 return output.finish_reason is None
@@ -149,9 +131,11 @@ class RequestOutput:
         """
         if not self.num_unsent_tokens:
             return None
+        self._decode()
         offset, start = self._cuts[-1]
         end = max(start, len(self._text) if ended else self._num_settled_chars())
         self._cuts.append((len(self._token_ids), end))
+        self._note_cut()
         return Chunk(
             fence=self.assignment.fence,
             offset=offset,
@@ -172,10 +156,12 @@ class RequestOutput:
         self._num_written_tokens = num_journaled
         while len(self._cuts) > 1 and self._cuts[-1][0] > num_journaled:
             self._cuts.pop()
+        self._note_cut()
         return True
 
     def result(self, state: TerminalState, model: str, error: ErrorInfo | None = None) -> Result:
         """The terminal result; what was generated is in it also when it ended half way."""
+        self._decode()
         return Result(
             self.request_id,
             state,
@@ -191,12 +177,22 @@ class RequestOutput:
         )
 
     def _append(self, token_id: int) -> bool:
-        """Add a token and its text. Returns True when the text has reached a stop string."""
+        """Add a token. Returns True when the text has reached a stop string with it."""
         self._token_ids.append(token_id)
-        new_text = self._stream.step(token_id)
+        return bool(self._stop) and self._reaches_stop()
+
+    def _decode(self) -> None:
+        """Have the text of all tokens so far."""
+        end = len(self._token_ids) - self._num_unspoken
+        if self._num_decoded < end:
+            self._text += self._stream.take(self._token_ids[self._num_decoded : end])
+            self._num_decoded = end
+
+    def _reaches_stop(self) -> bool:
+        """Whether the latest token ends the text; if so, cut it there."""
         searched = len(self._text)
-        self._text += new_text
-        if not self._stop or len(self._token_ids) <= self.assignment.sampling.min_tokens:
+        self._decode()
+        if len(self._token_ids) <= self.assignment.sampling.min_tokens:
             return False
         # Only what ends in the new text: one that came within `min_tokens` does not count.
         found = [
@@ -208,6 +204,9 @@ class RequestOutput:
         self._text = self._text[: first[0]]
         self._stop_reason = first[1]
         return True
+
+    def _note_cut(self) -> None:
+        self._next_cut = self._cuts[-1][0] + self._chunk_tokens
 
     def _num_settled_chars(self) -> int:
         """How much of the text cannot become part of a stop string any more."""

@@ -84,7 +84,8 @@ class SequenceOutput:
     `token_ids` are the new ones of this step, a final end-of-sequence or stop token included;
     `logprobs`, if asked for, has one entry for each. Exactly one of `finish_reason` and `error` is
     set in a sequence's last output, none before. `stop_token_id` is the end-of-sequence or stop
-    token that ended it.
+    token that ended it. `index` is set in a sequence's first output: the number by which the
+    columns of later steps name it, used only once in a rank's life.
     """
 
     request_id: RequestId
@@ -96,6 +97,7 @@ class SequenceOutput:
     error: ErrorInfo | None = None
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
+    index: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +126,22 @@ class EngineStats:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """The outputs of one step, and how the engine stands after it."""
+    """The outputs of one step, and how the engine stands after it.
+
+    Most of what a step gives is one token for each of many sequences, and that comes in columns:
+    the sequence with the number `indices[i]` got the token `token_ids[i]`, and goes on. All else
+    comes in `outputs`: a sequence's first and last output, and each one with log probabilities.
+    """
 
     outputs: tuple[SequenceOutput, ...]
     stats: EngineStats
+    indices: TokenIds = field(default_factory=token_ids)
+    token_ids: TokenIds = field(default_factory=token_ids)
+
+    def __post_init__(self) -> None:
+        """Raise WireError for columns that do not match."""
+        if len(self.indices) != len(self.token_ids):
+            raise WireError(f"{len(self.token_ids)} tokens for {len(self.indices)} sequences")
 
 
 @dataclass(frozen=True, slots=True)

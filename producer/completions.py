@@ -16,9 +16,10 @@ from redis.asyncio import Redis
 
 from producer.journals import Journals
 from producer.outcomes import Outcome, fetch_results
-from producer.patience import Patience, retry_delays
+from producer.patience import Patience
 from producer.reconciling import Reconciler
 from producer.stream_reader import StreamReader
+from wire.backoff import retry_delays
 from wire.errors import ForebayError, ProducerClosed, ServerUnreachable
 from wire.ids import RequestId
 from wire.keys import Keys

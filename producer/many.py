@@ -11,9 +11,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Iterable
 
-from producer.patience import retry_delays
 from producer.queue_client import Enqueued, QueueClient
 from producer.requests import make_submission
+from wire.backoff import retry_delays
 from wire.errors import ForebayError, InvalidRequest, ResultGone, WireError
 from wire.ids import RequestId
 from wire.messages import Request, Result

@@ -16,8 +16,8 @@ from wire.errors import ResultGone, WireError
 from wire.ids import RequestId
 from wire.keys import Keys
 from wire.messages import Result
-from wire.records import RESULT_FIELDS, Journaled, journal_entry, result_from_record
-from wire.streams import Entry
+from wire.records import RESULT_FIELDS, read_journal, result_from_record
+from wire.streams import Entry, entries_of_all
 
 Outcome: TypeAlias = Result | ResultGone | WireError | None
 """A request's result; why there is none to be had; or None while the request goes on."""
@@ -73,16 +73,13 @@ def _outcome(request_id: RequestId, record: Sequence[bytes | None]) -> Outcome:
 
 
 async def _with_journals(client: Redis, keys: Keys, results: Sequence[Result]) -> list[Result]:
-    async with client.pipeline(transaction=False) as pipe:
-        for result in results:
-            pipe.xrange(keys.journal(result.request_id))
-        journals = await pipe.execute()
+    journals = await entries_of_all(client, [keys.journal(r.request_id) for r in results])
     return [_filled(result, journal) for result, journal in zip(results, journals, strict=True)]
 
 
 def _filled(result: Result, journal: Sequence[Entry]) -> Result:
     try:
-        journaled = Journaled.of(journal_entry(entry_id, fields) for entry_id, fields in journal)
+        journaled = read_journal(journal)
     except WireError:
         return result  # the result stands by itself; what went before it is past reading
     if not journaled.token_ids:

@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from redis.exceptions import RedisError
 
+from wire.backoff import retry_delays
 from wire.client import is_transient, redis_errors
 
 Returned = TypeVar("Returned")
-
-_FIRST_DELAY_S = 0.05
-_MAX_DELAY_S = 2.0
-
-
-def retry_delays(first_s: float = _FIRST_DELAY_S, max_s: float = _MAX_DELAY_S) -> Iterator[float]:
-    """How long to wait before each next try: twice as long as before, up to a bound.
-
-    Each is shortened by a random part, so that those who lost the server at the same moment do
-    not all come back at the same moment.
-    """
-    while True:
-        yield first_s * random.uniform(0.5, 1.0)
-        first_s = min(2 * first_s, max_s)
 
 
 class Patience:

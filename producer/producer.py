@@ -9,9 +9,9 @@ from typing import Self
 
 from producer.handle import RequestHandle
 from producer.many import submit_many
-from producer.patience import retry_delays
 from producer.queue_client import Enqueued, QueueClient
 from producer.requests import Message, make_prompt, make_submission, new_request_id
+from wire.backoff import retry_delays
 from wire.errors import IntakeFull
 from wire.keys import Keys, check_name, check_request_id
 from wire.messages import DEFAULT_TENANT, Priority, Request, Result

@@ -18,7 +18,7 @@ from itertools import islice
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from producer.patience import retry_delays
+from wire.backoff import retry_delays
 from wire.ids import RequestId
 from wire.keys import Keys
 from wire.records import TERMINAL_STATES

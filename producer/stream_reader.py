@@ -18,7 +18,7 @@ from collections.abc import Callable
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from producer.patience import retry_delays
+from wire.backoff import retry_delays
 from wire.client import MAX_BLOCK_MS, is_transient
 from wire.errors import ForebayError, ProducerClosed, ServerUnreachable
 from wire.keys import BELL_TTL_MS

@@ -81,7 +81,7 @@ class Dispatcher:
         """Send out what must have a group for itself, a batch for each model."""
         sent = False
         ask_again = time.monotonic() >= self._ask_again_s
-        for model, suspects in self._backlog.suspects.items():
+        for model, suspects in list(self._backlog.suspects.items()):
             fleet = self._fleet.view.serving(model)
             batch = plan_suspects(suspects, fleet, self._limits, ask_again=ask_again)
             if batch is None:

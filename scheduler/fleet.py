@@ -9,15 +9,13 @@ from redis.exceptions import RedisError
 
 from scheduler.policy.fleet_view import FleetView, GroupView
 from scheduler.policy.leases import LeaseWatch
-from wire.codec import decode, encode
-from wire.errors import RequestFailed, WireError
+from wire.codec import decode
+from wire.errors import WireError
 from wire.messages import GroupStatus
-from wire.records import ending
+from wire.reclaiming import take_back
 from wire.scripts import FleetEntry, Scripts
 
 log = structlog.get_logger(__name__)
-
-RECLAIM_LIMIT = 500
 
 
 class Fleet:
@@ -70,38 +68,22 @@ class Fleet:
 
     async def _bury(self, dead: FleetEntry) -> None:
         """Put the requests of a group whose heartbeat stopped back into the queue."""
-        result = encode(
-            ending(
-                "failed",
-                RequestFailed(
-                    f"worker groups died {self._max_crashes} times or more while they held this "
-                    "request, the last time when they held nothing else",
-                    reason="worker_lost",
-                ),
-            )
+        counts = await take_back(
+            self._scripts,
+            dead.group_id,
+            dead.epoch,
+            how="lapsed",
+            max_crashes=self._max_crashes,
         )
-        total = failed_total = 0
-        while True:
-            counts = await self._scripts.reclaim(
-                dead.group_id,
-                dead.epoch,
-                how="lapsed",
-                max_crashes=self._max_crashes,
-                limit=RECLAIM_LIMIT,
-                result=result,
-            )
-            if counts is None:
-                return  # its heartbeat was just late
-            taken, failed = counts
-            total, failed_total = total + taken, failed_total + failed
-            if taken < RECLAIM_LIMIT:
-                break
+        if counts is None:
+            return  # its heartbeat was just late
+        num_taken, num_failed = counts
         log.warning(
             "group dead",
             group_id=dead.group_id,
             epoch=dead.epoch,
-            num_requeued=total - failed_total,
-            num_failed=failed_total,
+            num_requeued=num_taken - num_failed,
+            num_failed=num_failed,
         )
 
 

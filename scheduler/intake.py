@@ -20,14 +20,14 @@ from wire.errors import ForebayError, RequestExpired, WireError
 from wire.ids import RequestId
 from wire.keys import DISPATCHERS, LIVE_TTL_MS, SCHEDULER_TTL_MS, Keys
 from wire.messages import Priority, Request, TerminalState
-from wire.records import Journaled, ending, journal_entry
+from wire.records import Journaled, ending, read_journal
 from wire.scripts import Ending, Queued, Scripts
 from wire.streams import (
     START,
     Entry,
     ack_and_delete,
     claim,
-    consumers,
+    consumers_of_all,
     ensure_group,
     entries_of_all,
     read_group,
@@ -35,7 +35,7 @@ from wire.streams import (
 
 log = structlog.get_logger(__name__)
 
-BLOCK_MS = 1000
+BLOCK_MS = 2000
 SHORT_BLOCK_MS = 20
 MAX_READ = 256
 
@@ -99,7 +99,7 @@ class Intake:
         await self._client.delete(self._keys.scheduler(self._id))
 
     async def read(self, room: dict[Priority, int]) -> list[Arrival]:
-        """Wait for requests, up to a second; at most `room` of each class."""
+        """Wait for requests, up to two seconds; at most `room` of each class."""
         arrived = await read_group(
             self._blocking_client,
             DISPATCHERS,
@@ -139,10 +139,12 @@ class Intake:
 
         At most `room` of each class, from each of them.
         """
-        for priority, key in self._keys.intakes.items():
-            if room[priority] <= 0:
-                continue
-            for name, num_pending in (await consumers(self._client, key, DISPATCHERS)).items():
+        intakes = {
+            priority: key for priority, key in self._keys.intakes.items() if room[priority] > 0
+        }
+        found = await consumers_of_all(self._client, [*intakes.values()], DISPATCHERS)
+        for (priority, key), readers in zip(intakes.items(), found, strict=True):
+            for name, num_pending in readers.items():
                 if name == self._id or await self._client.exists(self._keys.scheduler(name)):
                     continue
                 if num_pending:
@@ -247,7 +249,7 @@ class Intake:
 
 def _journaled(journal: Sequence[Entry]) -> Journaled | ForebayError:
     try:
-        return Journaled.of(journal_entry(entry_id, fields) for entry_id, fields in journal)
+        return read_journal(journal)
     except ForebayError as error:
         return error
 

@@ -20,11 +20,12 @@ from scheduler.catalog import ModelCatalog
 from scheduler.dispatcher import Dispatcher
 from scheduler.fleet import Fleet
 from scheduler.intake import Intake
+from scheduler.policy.looking import Looking
 from scheduler.policy.planning import BatchLimits
 from scheduler.preparer import Preparer
 from scheduler.salts import TenantSalts
-from service.lifecycle import shutdown_signals
-from service.resilience import one_error, repeat, sleep_unless
+from service.lifecycle import shutdown_signals, unless_stopped
+from service.resilience import next_beat, one_error, repeat, sleep_unless
 from service.settings import SchedulerSettings
 from wire.client import connect, ping, redis_errors
 from wire.keys import Keys
@@ -32,8 +33,9 @@ from wire.scripts import Scripts
 
 log = structlog.get_logger(__name__)
 
-BUSY_POLL_S = 0.02
-IDLE_POLL_S = 0.25
+FULL_POLL_S = 0.02
+EXPIRE_EVERY_S = 0.25
+RETRY_EVERY_S = 0.5
 TAKE_OVER_EVERY_S = 1.0
 STOP_TIMEOUT_S = 10.0
 RETRY_LIMIT = 500
@@ -114,6 +116,7 @@ class SchedulerService:
             fleet=fleet,
             salts=salts,
         )
+        self._looking = Looking()
         self._cards_to_read: set[str] = set()
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -150,10 +153,10 @@ class SchedulerService:
     async def _read(self) -> None:
         # Each class has a window of its own: a flood of one must not keep another out.
         room = self._backlog.room(self._settings.window)
-        if any(n > 0 for n in room.values()):
-            self._backlog.arrive(await self._intake.read(room))
-        else:
-            await sleep_unless(self._stop, BUSY_POLL_S)
+        if not any(n > 0 for n in room.values()):
+            await sleep_unless(self._stop, FULL_POLL_S)
+        elif (arrivals := await unless_stopped(self._intake.read(room), self._stop)) is not None:
+            self._backlog.arrive(arrivals)
 
     async def _read_again(self) -> None:
         self._backlog.arrive(await self._intake.read_again())
@@ -165,7 +168,7 @@ class SchedulerService:
             self._backlog.arrive(arrivals)
             num_taken += len(arrivals)
         if not num_taken:
-            await sleep_unless(self._stop, TAKE_OVER_EVERY_S)
+            await next_beat(self._stop, TAKE_OVER_EVERY_S)
 
     async def _expire(self) -> None:
         """End what its deadline has caught up with while nobody could take it."""
@@ -176,7 +179,7 @@ class SchedulerService:
             # Afterwards, so that an error loses none. One that is sent in the meantime was ended
             # already, and is left out of its batch.
             self._backlog.discard(late)
-        await sleep_unless(self._stop, IDLE_POLL_S)
+        await next_beat(self._stop, EXPIRE_EVERY_S)
 
     async def _retry(self) -> None:
         """Queue again what has waited after an error, and fail what had too many."""
@@ -188,7 +191,7 @@ class SchedulerService:
         )
         if num_queued or num_failed:
             log.info("requests retried", num_requeued=num_queued, num_failed=num_failed)
-        await sleep_unless(self._stop, IDLE_POLL_S)
+        await next_beat(self._stop, RETRY_EVERY_S)
 
     async def _watch_fleet(self) -> None:
         joined, left = await self._fleet.refresh()
@@ -203,4 +206,5 @@ class SchedulerService:
             self._backlog.to_prepare.set()
         if self._backlog.num_pending:
             self._backlog.to_dispatch.set()
-        await sleep_unless(self._stop, BUSY_POLL_S if len(self._backlog) else IDLE_POLL_S)
+        pause_s = self._looking.next_s(num_waiting=len(self._backlog), fleet=self._fleet.view)
+        await next_beat(self._stop, pause_s)

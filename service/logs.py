@@ -10,13 +10,16 @@ import logging
 import os
 import sys
 from collections.abc import MutableMapping
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import structlog
 from structlog.typing import EventDict, Processor
 
-from service.settings import LogFormat, LogLevel
 from wire.redaction import mask_passwords
+
+if TYPE_CHECKING:
+    # Not for ranks: the library behind the settings takes a tenth of a second to import.
+    from service.settings import LogFormat, LogLevel
 
 
 def configure(

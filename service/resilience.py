@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Awaitable, Callable, Iterator
 
 import structlog
 from redis.exceptions import RedisError
 
+from wire.backoff import retry_delays
 from wire.client import is_transient
 
 log = structlog.get_logger(__name__)
-
-_FIRST_DELAY_S = 0.05
-_MAX_DELAY_S = 2.0
 
 
 async def repeat(
@@ -29,8 +28,7 @@ async def repeat(
     While the server is unreachable, busy or full, wait between tries, up to two seconds; once it
     answers again, await `on_reconnect` first. Any other error ends the loop.
     """
-    delay_s = _FIRST_DELAY_S
-    away = False
+    away, delays = False, retry_delays()
     while not stop.is_set():
         try:
             if away and on_reconnect is not None:
@@ -39,15 +37,15 @@ async def repeat(
         except RedisError as error:
             if not is_transient(error):
                 raise
-            log.warning("server unreachable", task=name, error=str(error), retry_in_s=delay_s)
-            away = True
+            away, delay_s = True, next(delays)
+            log.warning(
+                "server unreachable", task=name, error=str(error), retry_in_s=round(delay_s, 3)
+            )
             await sleep_unless(stop, delay_s)
-            delay_s = min(2 * delay_s, _MAX_DELAY_S)
         else:
             if away:
                 log.info("server back", task=name)
-            away = False
-            delay_s = _FIRST_DELAY_S
+                away, delays = False, retry_delays()
 
 
 @contextlib.contextmanager
@@ -70,3 +68,12 @@ async def sleep_unless(stop: asyncio.Event, delay_s: float) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(delay_s):
             await stop.wait()
+
+
+async def next_beat(stop: asyncio.Event, every_s: float) -> None:
+    """Sleep until the clock shows a multiple of `every_s`, but no longer than until `stop` is set.
+
+    What is done now and then is done together like that: what it costs is mostly to wake a process
+    from its sleep, less what it then does.
+    """
+    await sleep_unless(stop, every_s - time.monotonic() % every_s)

@@ -1,8 +1,8 @@
 """Every Redis key, with what it holds and how long it lives.
 
 All keys of a partition share the hash tag `{namespace:partition}`, so that one script can touch
-them in a cluster. Keys marked *live* expire seven days after they were last written: that only
-cleans up after a fleet that was abandoned.
+them in a cluster. Keys marked *live* expire seven days after they were last written, those of one
+request seven days after they were begun: that only cleans up after a fleet that was abandoned.
 
 | key                       | type   | holds                                    | lives           |
 | ------------------------- | ------ | ---------------------------------------- | --------------- |

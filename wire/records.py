@@ -92,3 +92,8 @@ class Journaled:
             logprobs += chunk.logprobs or ()
         journaled.logprobs = tuple(logprobs) or None
         return journaled
+
+
+def read_journal(entries: Iterable[tuple[bytes, Mapping[bytes, bytes]]]) -> Journaled:
+    """What a journal's stream entries hold. Raises WireError for what is no journal."""
+    return Journaled.of(journal_entry(entry_id, fields) for entry_id, fields in entries)

@@ -91,13 +91,16 @@ async def claim_idle(
 
 async def consumers(client: Redis, key: str, group: str) -> dict[str, int]:
     """The consumers of a group, with how many entries are pending for each."""
-    try:
-        reply = await client.xinfo_consumers(key, group)
-    except ResponseError as error:
-        if _is_missing_group(error):
-            return {}
-        raise
-    return {consumer["name"].decode(): consumer["pending"] for consumer in reply}
+    return (await consumers_of_all(client, [key], group))[0]
+
+
+async def consumers_of_all(client: Redis, keys: Sequence[str], group: str) -> list[dict[str, int]]:
+    """The consumers of each stream's group of that name, in one round trip."""
+    async with client.pipeline(transaction=False) as pipe:
+        for key in keys:
+            pipe.xinfo_consumers(key, group)
+        replies = await pipe.execute(raise_on_error=False)
+    return [_consumers(reply) for reply in replies]
 
 
 async def entries(client: Redis, key: str) -> list[Entry]:
@@ -119,6 +122,14 @@ async def ack_and_delete(client: Redis, key: str, group: str, *entry_ids: bytes)
         pipe.xack(key, group, *entry_ids)
         pipe.xdel(key, *entry_ids)
         await pipe.execute()
+
+
+def _consumers(reply: Any) -> dict[str, int]:
+    if isinstance(reply, ResponseError) and _is_missing_group(reply):
+        return {}
+    if isinstance(reply, Exception):
+        raise reply
+    return {consumer["name"].decode(): consumer["pending"] for consumer in reply}
 
 
 def _is_missing_group(error: ResponseError) -> bool:

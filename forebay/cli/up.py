@@ -10,9 +10,10 @@ import click
 
 from forebay.cli.embedded import engine_options, load_local, local_options, take_engine_flags
 from forebay.local import LocalPipeline, local_pipeline
-from forebay.paths import exclusive, private_directory
+from forebay.paths import private_directory
 from service.command import settings_options
 from service.exit_codes import ExitCode
+from service.folders import exclusive
 from service.lifecycle import shutdown_signals
 from service.settings import CommonSettings, LocalSettings
 

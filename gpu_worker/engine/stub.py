@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from gpu_worker.layer_progress import LayerCounter
 from gpu_worker.rank_options import RankOptions
 from gpu_worker.rank_protocol import EngineStats, SequenceOutput, StepOutput
-from wire.ids import RequestId, TokenIds
+from wire.ids import RequestId, TokenIds, token_ids
 from wire.messages import Assignment, ErrorInfo, FinishReason, ModelCard
 
 STUB_MAX_MODEL_LEN = 2048
@@ -56,9 +56,11 @@ class _Echo:
     """One request: what it echoes, and what it has generated so far."""
 
     assignment: Assignment
+    index: int
     answer: list[int]
     generated: TokenIds
     limit: int
+    is_known: bool = False  # to the orchestrator, by its index
 
     def next_token(self) -> int:
         """The prompt, then the end of sequence, or the prompt again where that may not be yet."""
@@ -77,9 +79,9 @@ class _Echo:
                 return "stop"
         return "length" if len(self.generated) >= self.limit else None
 
-    def output(self, num_new: int) -> SequenceOutput:
+    def output(self, num_new: int, reason: FinishReason | None) -> SequenceOutput:
         """What a step gave that generated the last `num_new` tokens."""
-        reason = self.end()
+        self.is_known = True
         return SequenceOutput(
             request_id=self.assignment.request_id,
             fence=self.assignment.fence,
@@ -87,6 +89,7 @@ class _Echo:
             finish_reason=reason,
             stop_token_id=self.generated[-1] if reason == "stop" else None,
             num_prompt_tokens=len(self.assignment.prompt_token_ids),
+            index=self.index,
         )
 
 
@@ -103,6 +106,7 @@ class StubEngine:
         self._requests: dict[RequestId, _Echo] = {}  # in order of arrival
         self._ended_early: list[SequenceOutput] = []
         self._num_generated = 0
+        self._num_added = 0
 
     @property
     def has_work(self) -> bool:
@@ -120,14 +124,16 @@ class StubEngine:
         if not prompt or room < 1:
             self._ended_early.append(_refusal(assignment))
             return
+        self._num_added += 1
         echo = _Echo(
             assignment,
+            index=self._num_added,
             answer=[t for t in prompt if t != _EOS_TOKEN_ID] or [_FILLER_TOKEN_ID],
             generated=assignment.generated[:],
             limit=room if max_tokens is None else min(room, max_tokens),
         )
-        if echo.end() is not None:
-            self._ended_early.append(echo.output(0))
+        if (reason := echo.end()) is not None:
+            self._ended_early.append(echo.output(0, reason))
         else:
             self._requests[assignment.request_id] = echo
 
@@ -140,12 +146,19 @@ class StubEngine:
         """One token for each of the oldest requests, as many as run at a time."""
         self._compute_layers()
         outputs, self._ended_early = self._ended_early, []
+        indices, tokens = token_ids(), token_ids()
         running = list(self._requests.values())[: self._max_num_seqs]
         for echo in running:
-            echo.generated.append(echo.next_token())
-            outputs.append(echo.output(1))
-            if outputs[-1].finish_reason is not None:
+            token_id = echo.next_token()
+            echo.generated.append(token_id)
+            reason = echo.end()
+            if reason is not None:
                 del self._requests[echo.assignment.request_id]
+            if reason is not None or not echo.is_known:
+                outputs.append(echo.output(1, reason))
+            else:
+                indices.append(echo.index)
+                tokens.append(token_id)
         self._num_generated += len(running)
         num_running = min(len(self._requests), self._max_num_seqs)
         stats = EngineStats(
@@ -157,7 +170,7 @@ class StubEngine:
             step_s=self._step_s,
             num_generated_tokens_total=self._num_generated,
         )
-        return StepOutput(tuple(outputs), stats)
+        return StepOutput(tuple(outputs), stats, indices, tokens)
 
     def _compute_layers(self) -> None:
         if not self._step_s:

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing, closing
 from dataclasses import dataclass
+
+import structlog
 
 from producer.batch.batch_producer import BatchProducer
 from producer.batch.fields import Endpoint
@@ -41,7 +42,7 @@ from wire.errors import ForebayError
 from wire.ids import RequestId
 from wire.messages import Request, Result
 
-_log = logging.getLogger(__name__)
+log = structlog.get_logger(__name__)
 
 
 async def run_batch(
@@ -200,7 +201,7 @@ class _Run:
         row = self._in_flight.pop(result.request_id, None)
         if row is None:
             # Submitted a second time, to a server that had lost the first: it has its row already.
-            _log.debug("ignored a result for %s, which is not in flight", result.request_id)
+            log.debug("result ignored", request_id=result.request_id, reason="it is not in flight")
             return
         self._tally.computed(result)
         if result.state != "done":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 from batch_fakes import FakeProducer, FakeProgress, answer, chat_row, custom_ids, write_rows
+from structlog.testing import capture_logs
 
 from producer.batch import BatchOptions, run_batch
 from producer.batch.run_id import RunNote
@@ -174,9 +174,7 @@ async def test_without_room_for_a_note_the_run_goes_on_and_says_so(
     assert "cannot write" in notice
 
 
-async def test_a_result_that_comes_twice_or_for_nobody_is_ignored(
-    options: BatchOptions, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_result_that_comes_twice_or_for_nobody_is_ignored(options: BatchOptions) -> None:
     """A server that lost its last second may be told of a request again that it had ended."""
 
     class Repeating(FakeProducer):
@@ -186,9 +184,9 @@ async def test_a_result_that_comes_twice_or_for_nobody_is_ignored(
                 yield replace(answer(request), text="once more")
                 yield replace(answer(request), request_id=RequestId("unheard-of"))
 
-    caplog.set_level(logging.DEBUG, logger="producer.batch")
-    summary = await run_batch(options, Repeating())
+    with capture_logs() as events:
+        summary = await run_batch(options, Repeating())
     assert sorted(custom_ids(Path(options.output))) == ["a", "b", "c"]
     assert (summary.num_succeeded, summary.num_output_tokens) == (3, 9)
-    assert caplog.text.count("which is not in flight") == 6
-    assert "once more" not in caplog.text
+    assert str(events).count("it is not in flight") == 6
+    assert "once more" not in str(events)

@@ -163,7 +163,7 @@ def cast(
 ) -> Iterator[Cast]:
     """All processes started, and none of them left afterwards."""
     programs = dict.fromkeys(targets.schedulers, ("-m", "scheduler")) | {
-        name: ("-m", "support.slow_group", str(step_s), "--group-id", name)
+        name: ("-m", "gpu_worker", "--model", f"stub:{step_s * 1000:g}ms", "--group-id", name)
         for name in targets.groups
     }
     environment = {

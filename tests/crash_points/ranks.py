@@ -27,6 +27,7 @@ from gpu_worker.rank_protocol import (
     ToRank,
 )
 from support.fault_injection import FaultyProcess
+from support.step_outputs import SpelledOut
 from wire.ids import RequestId
 
 STEP_S = 0.002
@@ -114,6 +115,7 @@ class InProcessRanks:
         self._life = life
         self._attempts = attempts
         self._running: dict[RequestId, Attempt] = {}
+        self._spelled_out = SpelledOut()
         self._added = asyncio.Event()
 
     async def wait_ready(self, timeout_s: float) -> RankReady:
@@ -143,7 +145,7 @@ class InProcessRanks:
         await asyncio.sleep(STEP_S)
         output = self._engine.step()
         self._life.num_steps += 1
-        for sequence in output.outputs:
+        for sequence in self._spelled_out.outputs(output):
             attempt = self._running[sequence.request_id]
             attempt.num_tokens += len(sequence.token_ids)
             if attempt.is_to_be_written or sequence.finish_reason is not None:

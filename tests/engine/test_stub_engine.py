@@ -10,6 +10,7 @@ from gpu_worker.engine.stub import StubEngine, stub_model_card
 from gpu_worker.layer_progress import LayerCounter
 from gpu_worker.rank_protocol import SequenceOutput
 from support.engine_fakes import assignment, rank_options, tokens_of
+from support.step_outputs import SpelledOut
 from wire.ids import RequestId
 from wire.messages import Assignment
 from wire.sampling import SamplingParams
@@ -22,8 +23,9 @@ def run_stub(*requests: Assignment) -> dict[str, list[SequenceOutput]]:
     for request in requests:
         engine.add(request)
     outputs: dict[str, list[SequenceOutput]] = {}
+    spelled_out = SpelledOut()
     while engine.has_work:
-        for output in engine.step().outputs:
+        for output in spelled_out.outputs(engine.step()):
             outputs.setdefault(output.request_id, []).append(output)
     return outputs
 

@@ -17,7 +17,8 @@ from redis.asyncio import Redis
 
 from forebay.broker import Broker, server_arguments
 from forebay.broker_binary import BrokerBinary, find_broker, inspect_broker, packaged_broker
-from forebay.paths import exclusive, private_directory, run_directory, socket_path
+from forebay.paths import private_directory, run_directory, socket_path
+from service.folders import exclusive
 from support.waiting import wait_until
 from wire.errors import ConfigError, ServerUnreachable
 

@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 
 STUB = ("gpu_worker", "--model", "stub:")
+SLOW = ("gpu_worker", "--model", "stub:5ms")
+"""A group that is not done with a request before anything can happen to it: its steps take 5 ms."""
+
 SCHEDULER = ("scheduler",)
 
 

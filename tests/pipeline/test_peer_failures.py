@@ -20,7 +20,7 @@ import psutil
 import pytest
 from redis.asyncio import Redis
 
-from pipeline.conftest import SCHEDULER, STUB, Services
+from pipeline.conftest import SCHEDULER, SLOW, STUB, Services
 from producer import Consumer, Producer
 from support.queue_driver import NAMESPACE, QueueDriver, end, open_queue, tokens
 from support.tcp_proxy import TcpProxy
@@ -33,11 +33,8 @@ from wire.sampling import SamplingParams
 from wire.scripts import Ending, ReclaimReason
 from wire.streams import id_order
 
-SLOW = ("support.slow_group", "0.005")
-"""A group that gives a token of each request every 5 ms or so."""
-
 SWITCHES_PER_STEP = 10
-"""A step of that engine is as many naps."""
+"""A step of the stub engine is as many naps."""
 
 LONG = SamplingParams(max_tokens=1500, min_tokens=1500, ignore_eos=True)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from pipeline.conftest import SCHEDULER, STUB, Services
+from pipeline.conftest import SCHEDULER, SLOW, STUB, Services
 from producer import Consumer, Producer, SyncProducer
 from wire.errors import IntakeFull, RequestCancelled, RequestExpired, RequestFailed
 from wire.ids import RequestId
@@ -125,8 +125,10 @@ async def test_the_same_id_is_the_same_request(pipeline: Services, redis_url: st
 
 
 async def test_a_running_request_is_cancelled_and_keeps_what_it_has(
-    pipeline: Services, redis_url: str
+    services: Services, redis_url: str
 ) -> None:
+    services.start(*SCHEDULER)
+    services.start(*SLOW)
     async with Producer(redis_url) as producer:
         handle = await producer.submit("endless", sampling=LONG, stream=True)
         async for _ in handle:
@@ -211,7 +213,7 @@ async def test_a_killed_group_s_requests_go_on_elsewhere(
     services: Services, redis_url: str
 ) -> None:
     services.start(*SCHEDULER)
-    doomed = services.start(*STUB, group_id="doomed", group_timeout_ms=500, heartbeat_ms=100)
+    doomed = services.start(*SLOW, group_id="doomed", group_timeout_ms=500, heartbeat_ms=100)
     async with Producer(redis_url) as producer:
         handles = [
             await producer.submit(
@@ -238,7 +240,7 @@ async def test_a_group_that_ends_in_order_gives_its_requests_back(
     services: Services, redis_url: str
 ) -> None:
     services.start(*SCHEDULER)
-    leaver = services.start(*STUB, group_id="leaver", drain_timeout_s=0.01)
+    leaver = services.start(*SLOW, group_id="leaver", drain_timeout_s=0.01)
     async with Producer(redis_url) as producer:
         handles = [await producer.submit("again", sampling=LONG) for _ in range(64)]
         services.wait_for_log(leaver, "group joined")

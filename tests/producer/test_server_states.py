@@ -27,11 +27,11 @@ from redis.exceptions import (
     TryAgainError,
 )
 
-from producer.patience import retry_delays
 from producer.producer import Producer
 from support.queue_driver import NAMESPACE, QueueDriver
 from support.server_process import ServerProcess
 from support.waiting import wait_until
+from wire.backoff import retry_delays
 from wire.client import connect, is_transient, ping, redis_errors
 from wire.errors import ServerUnreachable
 

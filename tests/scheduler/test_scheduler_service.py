@@ -286,7 +286,8 @@ async def test_a_poisonous_request_is_found_by_bisecting(
     assert (await queue.dead_letter("f"))["reason"] == b"worker_lost"
     assert sizes[:2] == [8, 8]
     assert max(sizes[2:]) <= 4, "halved from the second crash on"
-    assert int((await queue.dead_letter("f"))["num_crashes"]) == 5
+    # With all, twice; then in a half, in a quarter and alone, unless its neighbours went before it.
+    assert int((await queue.dead_letter("f"))["num_crashes"]) in (4, 5)
 
 
 async def holds_something(queue: QueueDriver) -> bool:
@@ -301,7 +302,7 @@ async def test_after_an_error_the_scheduler_sends_a_request_again(
     queue: QueueDriver, redis_url: str
 ) -> None:
     await queue.submit("a")
-    async with scheduling(redis_url, max_errors=1, retry_delay_ms=1):
+    async with scheduling(redis_url, max_errors=2, retry_delay_ms=1):
         await join(queue)
         for _ in range(2):
             await all_in(queue, "assigned", "a")

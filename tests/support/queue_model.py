@@ -29,7 +29,7 @@ Life = tuple[int, int]
 Batch = tuple[int, ...]
 Reply = str | int | tuple[int, ...] | None
 
-MAX_CRASHES, MAX_ERRORS, CREDITS, CHUNK_TOKENS = 2, 1, 2, 2
+MAX_CRASHES, MAX_ERRORS, CREDITS, CHUNK_TOKENS = 2, 2, 2, 2
 ENDED = frozenset({"done", "failed", "cancelled", "expired"})
 
 
@@ -174,7 +174,7 @@ class Moment:
             if not self._records[request].error:
                 self._enqueue(request)
                 num_queued += 1
-            elif self._records[request].num_errors > MAX_ERRORS:
+            elif self._records[request].num_errors >= MAX_ERRORS:
                 self._finish(request, "failed", dead=True)
                 num_failed += 1
             else:

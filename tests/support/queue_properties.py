@@ -92,5 +92,5 @@ def check_memories(world: World) -> None:
 
 
 def _is_to_blame(record: Record) -> bool:
-    had_errors = record.num_errors > MAX_ERRORS
+    had_errors = record.num_errors >= MAX_ERRORS
     return had_errors or (record.num_crashes >= MAX_CRASHES and record.num_neighbours == 0)

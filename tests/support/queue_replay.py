@@ -27,7 +27,7 @@ from support.queue_moves import is_current
 from wire.codec import encode
 from wire.ids import BatchId, GroupId, RequestId
 from wire.messages import CommitState, TerminalState
-from wire.records import Journaled, ending, journal_entry
+from wire.records import ending, read_journal
 from wire.scripts import Ending, Progress, Queued, ReclaimReason
 from wire.streams import entries
 
@@ -220,7 +220,7 @@ class Replay:
         ends = [fields[b"state"].decode() for _, fields in found if b"state" in fields]
         assert ends == ([expected.state] if expected.state in ENDED else [])
         # Raises for a gap or a repetition.
-        journaled = Journaled.of(journal_entry(*entry) for entry in found)
+        journaled = read_journal(found)
         is_trimmed = expected.by_group and not self._streams[request]
         num_tokens = 0 if is_trimmed else expected.num_journaled
         assert list(journaled.token_ids) == list(range(num_tokens))

@@ -78,7 +78,7 @@ async def test_the_table_has_every_key_and_every_field_that_is_written(redis_url
         await queue.assign("e", exclusive=True)
         await queue.commit(end("e", 1, "retry"))
         await look()
-        await queue.retry(max_errors=0)
+        await queue.retry(max_errors=1)
         await queue.assign("a", "b", "c")
         await queue.cancel("b")
         await queue.commit(tokens("a", 1, 0, 5))

@@ -81,7 +81,7 @@ MUTATIONS = {
         "redis.call('ZREM', delayed_key(), id)\n    enqueue",
         "enqueue",
     ),
-    "retry: one time too few": ("retry", "num_errors > max_errors", "num_errors >= max_errors"),
+    "retry: one time too many": ("retry", "num_errors >= max_errors", "num_errors > max_errors"),
     "reclaim: from the living": ("reclaim", "how == 'lapsed' and is_alive(group, epoch)", "false"),
     "reclaim: a leave is a crash": ("reclaim", "how ~= 'leaving'", "true"),
     "reclaim: blame a crowd": ("reclaim", "and num_neighbours == 0", ""),

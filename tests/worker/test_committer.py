@@ -13,12 +13,12 @@ from gpu_worker.committer import Committer
 from gpu_worker.engine.stub import stub_model_card
 from gpu_worker.ledger import Ledger
 from gpu_worker.membership import Membership
-from gpu_worker.output import TextDecoder
 from gpu_worker.rank_protocol import SequenceOutput
+from gpu_worker.text import TextDecoder
 from support.queue_driver import QueueDriver, open_queue
 from wire.ids import GroupId, RequestId, token_ids
 from wire.messages import Assignment, FinishReason, GroupStatus
-from wire.records import Journaled, journal_entry
+from wire.records import Journaled, read_journal
 from wire.sampling import SamplingParams
 from wire.streams import entries
 
@@ -74,7 +74,7 @@ class Group:
 
     async def journal(self) -> Journaled:
         found = await entries(self.queue.client, self.queue.keys.journal(A))
-        return Journaled.of(journal_entry(*entry) for entry in found)
+        return read_journal(found)
 
 
 @pytest.fixture

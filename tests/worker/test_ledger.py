@@ -6,8 +6,8 @@ import pytest
 
 from gpu_worker.engine.stub import stub_model_card
 from gpu_worker.ledger import Ledger
-from gpu_worker.output import TextDecoder
 from gpu_worker.rank_protocol import SequenceOutput
+from gpu_worker.text import TextDecoder
 from wire.codec import decode
 from wire.ids import RequestId, token_ids
 from wire.messages import Assignment, Chunk, ErrorInfo, FinishReason, Result
@@ -150,6 +150,51 @@ def test_another_attempt_goes_on_behind_the_tokens_of_the_failed_one(stream: boo
     assert (due.state, chunk_of(due), due.num_tokens) == ("retry", [5, 6], 2)
     assert decode(Chunk, due.chunk).text == text(5)
     assert result_of(due).text == text(5) + text(6)
+
+
+# Columns: one token for each of many sequences
+
+
+def known(book: Ledger, request_id: RequestId, index: int, *, stop: tuple[str, ...] = ()) -> None:
+    """Begin a request, and let the ranks say its first token and by what number they name it."""
+    book.open(assignment(request_id, stream=False, stop=stop))
+    book.add([SequenceOutput(request_id, 1, token_ids([5]), index=index)])
+
+
+def test_columns_go_to_the_requests_that_the_indices_name() -> None:
+    book = ledger()
+    known(book, A, 7)
+    known(book, B, 3)
+    assert book.add_tokens(token_ids([3, 7, 9]), token_ids([20, 30, 40])) == []
+    assert list(book.uncommitted()) == []
+    for token in (21, 22):
+        book.add_tokens(token_ids([3]), token_ids([token]))
+    assert book.is_due
+    written = {item.request_id: chunk_of(item) for item in book.uncommitted()}
+    assert written == {B: [5, 20, 21, 22], A: [5, 30]}, "half a block goes along"
+
+
+def test_what_has_ended_takes_no_tokens_from_columns() -> None:
+    book = ledger()
+    known(book, A, 1, stop=(DECODER.token_text(7),))
+    known(book, B, 2)
+    assert book.add_tokens(token_ids([1, 2]), token_ids([7, 7])) == [A]
+    book.end(B, "cancelled")
+    book.add_tokens(token_ids([1, 2]), token_ids([8, 8]))
+    ended = {item.request_id: result_of(item) for item in book.uncommitted()}
+    assert {rid: list(result.token_ids) for rid, result in ended.items()} == {A: [5, 7], B: [5, 7]}
+    assert (ended[A].state, ended[B].state) == ("done", "cancelled")
+
+
+def test_a_replaced_request_has_another_index() -> None:
+    book = ledger()
+    known(book, A, 1)
+    book.open(assignment(A, fence=2))
+    book.add_tokens(token_ids([1]), token_ids([6]))
+    book.add([SequenceOutput(A, 2, token_ids([8]), index=4)])
+    book.add_tokens(token_ids([1, 4]), token_ids([6, 9]))
+    [due] = book.uncommitted()
+    assert (due.fence, chunk_of(due)) == (2, [8, 9])
 
 
 # A server that has lost its last moments

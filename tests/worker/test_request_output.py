@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
 from gpu_worker.engine.stub import stub_model_card
-from gpu_worker.output import RequestOutput, TextDecoder
+from gpu_worker.output import RequestOutput
 from gpu_worker.rank_protocol import RawLogprob, SequenceOutput
+from gpu_worker.text import TextDecoder
 from wire.ids import RequestId, TokenIds, token_ids
 from wire.messages import Assignment, Chunk, FinishReason, Result, TokenLogprob
 from wire.records import Journaled, JournalEntry
@@ -270,6 +271,24 @@ def test_any_tokens_can_be_decoded(tokens: list[int], context: list[int]) -> Non
     stream = byte_fallback_decoder().stream(token_ids(context))
     text = "".join(stream.step(token) for token in [*tokens, 257, 258, 258])
     assert text.endswith("bb")
+
+
+@given(st.lists(st.integers(0, 258), max_size=40), st.integers(0, 2**32))
+def test_however_tokens_are_cut_their_text_is_the_same(tokens: list[int], seed: int) -> None:
+    choose = random.Random(seed)
+    for decoder, context in ((byte_fallback_decoder(), [257]), (DECODER, ids("a "))):
+        known = [token % 257 for token in tokens]
+        one_by_one, by_pieces = (
+            decoder.stream(token_ids(context)),
+            decoder.stream(token_ids(context)),
+        )
+        expected = "".join(one_by_one.step(token) for token in known)
+        pieces, rest = "", token_ids(known)
+        while rest:
+            size = choose.randint(1, 20)
+            pieces += by_pieces.take(rest[:size])
+            rest = rest[size:]
+        assert pieces == expected
 
 
 @given(st.text(max_size=12), st.text(max_size=6))

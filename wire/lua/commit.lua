@@ -18,7 +18,11 @@ for i = 3, #ARGV, 7 do
   if record[1] == 'assigned' and record[2] == fence then
     if chunk ~= '' and tonumber(record[3] or 0) == tonumber(offset) then
       redis.call('HSET', key, 'num_journaled', offset + num_tokens)
-      append(journal_key(id), LIVE_TTL_MS, 'chunk', chunk)
+      redis.call('XADD', journal_key(id), '*', 'chunk', chunk)
+      if not record[3] then
+        -- As long as the record: it is not prolonged either while the request goes on.
+        redis.call('PEXPIRE', journal_key(id), LIVE_TTL_MS)
+      end
     end
     if state ~= '' then
       redis.call('SREM', owned, id)

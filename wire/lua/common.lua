@@ -39,12 +39,6 @@ local function append_shared(key, ttl_ms, ...)
   append(key, math.max(left_ms, ttl_ms), ...)
 end
 
--- Numbers that tell lives and attempts apart must not come again, not even on a server that has
--- lost its last second: its clock has gone on since then.
-local function never_before(number)
-  return math.max(number, now_ms())
-end
-
 local function enqueue(id, priority)
   local entry = append(intake_key(priority), LIVE_TTL_MS, 'request_id', id)
   redis.call('HSET', request_key(id), 'state', 'queued', 'entry', entry, 'owner', '')

@@ -4,7 +4,9 @@
 
 local group, model, card = ARGV[1], ARGV[2], ARGV[3]
 local counter = PREFIX .. ':epoch:' .. group
-local epoch = never_before(tonumber(redis.call('GET', counter) or 0) + 1)
+-- It must not come again, not even on a server that has lost its last second: its clock has gone
+-- on since then.
+local epoch = math.max(tonumber(redis.call('GET', counter) or 0) + 1, now_ms())
 redis.call('SET', counter, epoch, 'PX', LIVE_TTL_MS)
 redis.call('SET', PREFIX .. ':model:' .. model, card, 'PX', LIVE_TTL_MS)
 return epoch

@@ -20,7 +20,7 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', delayed_key(), 0, now, 'LIMIT', 
     redis.call('ZREM', delayed_key(), id)
     enqueue(id, record[2])
     num_queued = num_queued + 1
-  elseif num_errors > max_errors then
+  elseif num_errors >= max_errors then
     redis.call('ZREM', delayed_key(), id)
     finish_dead(id, 'retries_exhausted', record[4])
     num_failed = num_failed + 1
