@@ -29,6 +29,8 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
 
+KERNELS := $(wildcard gpu_worker/kernels/src/*) gpu_worker/kernels/build.py
+
 # The stamps in .venv are newer than what they were made from, so a second run installs nothing.
 # One resolve with the constraints: a looser one would fetch gigabytes of another torch.
 
@@ -38,12 +40,12 @@ $(VENV)/.created:
 	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@touch $@
 
-$(VENV)/.worker: $(VENV)/.created pyproject.toml constraints.txt
+$(VENV)/.worker: $(VENV)/.created pyproject.toml constraints.txt $(KERNELS)
 	@echo "installing Forebay with its engine (minutes, the first time)"
 	@$(PIP) install --editable '.[worker]' --constraint constraints.txt
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt
+$(VENV)/.dev: $(VENV)/.created pyproject.toml constraints.txt $(KERNELS)
 	@echo "installing Forebay with what its tests need (minutes, the first time)"
 	@$(PIP) install --editable '.[worker,dev]' --constraint constraints.txt
 	@touch $@ $(VENV)/.worker
@@ -63,6 +65,7 @@ export FIND_MODEL
 
 clean:
 	rm -rf output build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -f gpu_worker/kernels/*.so
 	find $(PACKAGES) tests -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean

@@ -10,7 +10,7 @@ from service.settings import WorkerSettings
 from wire.errors import ConfigError
 
 # The extra `worker` of pyproject.toml: producers and schedulers do without.
-PACKAGES = ("gguf", "numpy", "safetensors", "torch")
+PACKAGES = ("gguf", "numpy", "torch")
 
 
 async def _run(settings: WorkerSettings) -> None:

@@ -7,24 +7,46 @@ from pathlib import Path
 
 import torch
 
-MAX_CPU_BYTES = 2 * 2**30
+CPU_TOKENS = 20_480
+"""What the KV-cache holds on the CPU, at least one sequence of full length apart: 160 tokens for
+each of 128 sequences. More would seldom be used at a time, but would in time be filled."""
+
 CPU_SHARE = 0.25
 CUDA_SHARE = 0.85
 """Of what is free once the weights are loaded; the rest is for activations and the allocator."""
+
+MAX_HOST_BYTES = 4 * 2**30
+HOST_SHARE = 0.25
+"""Of what the machine has available, for all ranks together."""
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def default_kv_cache_bytes(device: torch.device, num_ranks: int) -> int:
-    """Bytes for one rank's pages.
+def default_kv_cache_bytes(
+    device: torch.device, num_ranks: int, *, bytes_per_token: int, max_model_len: int
+) -> int:
+    """Bytes for one rank's pages, of which a token takes `bytes_per_token`.
 
-    On the CPU the ranks share one memory with everything else: a quarter of what is available,
-    at most 2 GiB, divided among them. On a GPU: 85% of what is free on it.
+    On the CPU the ranks share one memory with everything else: CPU_TOKENS, or one sequence of
+    `max_model_len`, within a quarter of what is available, divided among the ranks. On a GPU: 85%
+    of what is free on it.
     """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * CUDA_SHARE)
-    return int(min(available_memory_bytes() * CPU_SHARE, MAX_CPU_BYTES) / num_ranks)
+    wanted = max(CPU_TOKENS, max_model_len) * bytes_per_token
+    return min(int(available_memory_bytes() * CPU_SHARE / num_ranks), wanted)
+
+
+def default_host_cache_bytes(device: torch.device, num_ranks: int) -> int:
+    """Bytes of host memory for one rank's blocks of preempted sequences.
+
+    None on the CPU: there it is the pages' own memory, and serves better as a part of them, where
+    nothing needs to be copied.
+    """
+    if device.type == "cpu":
+        return 0
+    return int(min(available_memory_bytes() * HOST_SHARE, MAX_HOST_BYTES) / num_ranks)
 
 
 def available_memory_bytes() -> int:

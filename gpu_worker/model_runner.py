@@ -5,22 +5,27 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 import torch
 from torch import Tensor
 
 from cache.pages import KVPages, PageShape
-from gpu_worker.attention.choice import choose_attention
 from gpu_worker.layer_progress import LayerCounter
+from gpu_worker.layers.choice import choose_operations
 from gpu_worker.layers.sharding import max_kv_heads, shard_model
 from gpu_worker.memory import default_kv_cache_bytes
 from gpu_worker.models.config import ModelConfig
 from gpu_worker.models.loading import load_decoder
 from gpu_worker.models.weights import open_model
+from gpu_worker.precision import choose_precision
 from gpu_worker.step_plan import StepPlan
 from gpu_worker.tensor_parallel import TensorParallelGroup
 from wire.errors import ModelError
+
+if TYPE_CHECKING:
+    from service.settings import Quantization
 
 
 class ModelRunner:
@@ -36,7 +41,8 @@ class ModelRunner:
         model_path: Path,
         *,
         group: TensorParallelGroup,
-        dtype: torch.dtype = torch.float32,
+        dtype: str = "float32",
+        quantization: Quantization = "none",
         device: torch.device | None = None,
         block_size: int = 16,
         num_blocks: int | None = None,
@@ -46,6 +52,7 @@ class ModelRunner:
     ) -> None:
         """Load this rank's part of the model and reserve the pages; `layers` counts what it runs.
 
+        `dtype` is a torch dtype's name, or "auto" for what this machine is best at.
         `num_blocks` wins over `kv_cache_bytes`, which is per rank; with neither, see
         `gpu_worker.memory`. Raises ModelError for bad files, for more ranks than query heads, or
         when there is no room for a single block.
@@ -54,22 +61,30 @@ class ModelRunner:
         self.device = device if device is not None else torch.device("cpu")
         self.group = group
         self.config, reader = open_model(model_path, max_model_len)
-        self._decoder = load_decoder(self.config, reader, group, dtype, self.device)
-        self._pages = self._reserve_pages(dtype, block_size, num_blocks, kv_cache_bytes)
+        self.precision = choose_precision(dtype, quantization, self.device)
+        operations = choose_operations(self.precision, self.device)
+        self._decoder = load_decoder(
+            self.config, reader, group, self.precision, operations, self.device
+        )
+        self._pages = self._reserve_pages(block_size, num_blocks, kv_cache_bytes)
         self._limit_context_to_pages()
-        self._attention = choose_attention(self.device)
         self._layers = layers or LayerCounter()
         self.load_s = time.perf_counter() - started
         structlog.get_logger(__name__).info(
             "model_loaded",
             rank=group.rank,
             architecture=self.config.architecture,
-            dtype=str(dtype).removeprefix("torch."),
+            precision=self.precision.name,
             sharded_weight_bytes=self.num_sharded_bytes,
             num_blocks=self.num_blocks,
             kv_cache_bytes=self._pages.data.nbytes,
             load_s=round(self.load_s, 3),
         )
+
+    @property
+    def pages(self) -> KVPages:
+        """This rank's KV-cache."""
+        return self._pages
 
     @property
     def num_blocks(self) -> int:
@@ -91,18 +106,16 @@ class ModelRunner:
         """Run one step; every rank must be given the same plan.
 
         Returns (num_samples, vocab_size) float32 logits, row i for `plan.logits_rows[i]`, on
-        rank 0 and None on the others. They are the caller's to keep and to change.
+        rank 0 and None on the others. They are the caller's to change, and valid until the next
+        step.
         """
         if len(plan.wiped_blocks):
             self._pages.wipe(self._index(plan.wiped_blocks))
-        paged_attention = self._attention(plan, self._pages)
         return self._decoder(
+            plan,
             token_ids=self._index(plan.token_ids),
-            positions=self._index(plan.positions),
-            slot_mapping=self._index(plan.slot_mapping),
             logits_rows=self._index(plan.logits_rows),
             pages=self._pages,
-            paged_attention=paged_attention,
             done=self._layers,
         )
 
@@ -110,18 +123,19 @@ class ModelRunner:
         return values.to(self.device, torch.int64)
 
     def _reserve_pages(
-        self,
-        dtype: torch.dtype,
-        block_size: int,
-        num_blocks: int | None,
-        kv_cache_bytes: int | None,
+        self, block_size: int, num_blocks: int | None, kv_cache_bytes: int | None
     ) -> KVPages:
-        config, group = self.config, self.group
+        config, group, dtype = self.config, self.group, self.precision.pages_dtype
         if num_blocks is None:
-            if kv_cache_bytes is None:
-                kv_cache_bytes = default_kv_cache_bytes(self.device, group.size)
             # Counted with the most heads that any rank has, so that all come to the same number.
             widest = _page_shape(config, max_kv_heads(config, group.size), block_size, dtype)
+            if kv_cache_bytes is None:
+                kv_cache_bytes = default_kv_cache_bytes(
+                    self.device,
+                    group.size,
+                    bytes_per_token=widest.bytes_per_block // block_size,
+                    max_model_len=config.max_model_len,
+                )
             num_blocks = group.minimum(kv_cache_bytes // widest.bytes_per_block)
             if num_blocks < 1:
                 raise ModelError(

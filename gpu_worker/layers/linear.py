@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.nn.functional import linear
 
+from gpu_worker.layers.operations import Product
 from gpu_worker.tensor_parallel import TensorParallelGroup
 
 
@@ -14,28 +14,26 @@ from gpu_worker.tensor_parallel import TensorParallelGroup
 class ColumnParallelLinear:
     """This rank's outputs of a linear layer; inputs are whole on every rank.
 
-    `weight`: (local outputs, inputs), several projections fused where they share their input.
-    `bias`: (local outputs,) or None.
+    `product`: by (local outputs, inputs), several projections fused where they share their input.
     """
 
-    weight: Tensor
-    bias: Tensor | None = None
+    product: Product
 
     def __call__(self, values: Tensor) -> Tensor:
         """(num_tokens, inputs) -> (num_tokens, local outputs)."""
-        return linear(values, self.weight, self.bias)
+        return self.product(values)
 
 
 @dataclass(frozen=True, slots=True)
 class RowParallelLinear:
     """A linear layer whose inputs are spread over the ranks; outputs are whole on every rank.
 
-    `weight`: (outputs, local inputs).
+    `product`: by (outputs, local inputs).
     """
 
-    weight: Tensor
+    product: Product
     group: TensorParallelGroup
 
     def __call__(self, values: Tensor) -> Tensor:
         """(num_tokens, local inputs) -> (num_tokens, outputs), summed over the ranks."""
-        return self.group.all_reduce(linear(values, self.weight))
+        return self.group.all_reduce(self.product(values))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.nn.functional import rms_norm
+
+from gpu_worker.layers.operations import Operations
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +15,11 @@ class RMSNorm:
 
     weight: Tensor
     eps: float
+    operations: Operations
 
-    def __call__(self, values: Tensor) -> Tensor:
-        """(..., features) -> (..., features)."""
-        return rms_norm(values, self.weight.shape, self.weight, self.eps)
+    def __call__(self, hidden: Tensor, delta: Tensor | None) -> Tensor:
+        """Add `delta` to the residual stream `hidden`, in place, and return that normalized.
+
+        All are (num_tokens, hidden).
+        """
+        return self.operations.add_rms_norm(hidden, delta, self.weight, self.eps)

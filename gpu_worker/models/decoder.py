@@ -6,14 +6,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cache.pages import KVPages, LayerPages
-from gpu_worker.attention.interface import PagedAttention
+from cache.pages import KVPages
 from gpu_worker.layer_progress import LayerCounter
 from gpu_worker.layers.embedding import VocabParallelEmbedding, VocabParallelHead
 from gpu_worker.layers.mlp import GatedMLP
 from gpu_worker.layers.norm import RMSNorm
-from gpu_worker.layers.rotary import RotaryEmbedding, Rotation
+from gpu_worker.layers.operations import AttentionStep, Operations
+from gpu_worker.layers.rotary import RotaryEmbedding
 from gpu_worker.layers.self_attention import SelfAttention
+from gpu_worker.step_plan import StepPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,19 +26,14 @@ class DecoderLayer:
     mlp_norm: RMSNorm
     mlp: GatedMLP
 
-    def __call__(
-        self,
-        hidden: Tensor,
-        rotation: Rotation,
-        slot_rows: Tensor,
-        pages: LayerPages,
-        paged_attention: PagedAttention,
-    ) -> Tensor:
-        """(num_tokens, hidden) -> (num_tokens, hidden)."""
-        hidden = hidden + self.attention(
-            self.attention_norm(hidden), rotation, slot_rows, pages, paged_attention
-        )
-        return hidden + self.mlp(self.mlp_norm(hidden))
+    def __call__(self, hidden: Tensor, delta: Tensor | None, attention: AttentionStep) -> Tensor:
+        """What is to be added to `hidden`, which takes in `delta` on the way, in place.
+
+        All are (num_tokens, hidden). Adding is left to the next normalization, which reads the
+        whole stream anyway.
+        """
+        delta = self.attention(self.attention_norm(hidden, delta), attention)
+        return self.mlp(self.mlp_norm(hidden, delta))
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,26 +47,26 @@ class Decoder:
     layers: tuple[DecoderLayer, ...]
     norm: RMSNorm
     head: VocabParallelHead
+    operations: Operations
     num_sharded_bytes: int
 
     def __call__(
         self,
+        plan: StepPlan,
         token_ids: Tensor,
-        positions: Tensor,
-        slot_mapping: Tensor,
         logits_rows: Tensor,
         pages: KVPages,
-        paged_attention: PagedAttention,
         done: LayerCounter,
     ) -> Tensor | None:
-        """One step; `done` counts its layers. All index tensors are int64 on the model's device.
+        """One step; `done` counts its layers.
 
-        Returns (len(logits_rows), vocab_size) float32 logits on rank 0, None on other ranks.
+        `token_ids` and `logits_rows` are the plan's, int64 on the model's device. Returns
+        (len(logits_rows), vocab_size) float32 logits on rank 0, None on other ranks.
         """
-        hidden = self.embedding(token_ids)
-        rotation = self.rotary(positions, hidden.dtype)
-        slot_rows = pages.slot_rows(slot_mapping)
-        for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, rotation, slot_rows, pages.layer(index), paged_attention)
+        attention = self.operations.attention(plan, pages, self.rotary)
+        hidden, delta = self.embedding(token_ids), None
+        for layer in self.layers:
+            delta = layer(hidden, delta, attention)
             done.add()
-        return self.head(self.norm(hidden[logits_rows]))
+        assert delta is not None, "a model has layers"
+        return self.head(self.norm(hidden[logits_rows], delta[logits_rows]))

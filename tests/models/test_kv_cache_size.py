@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gpu_worker import memory
-from gpu_worker.memory import MAX_CPU_BYTES, available_memory_bytes, default_kv_cache_bytes
+from gpu_worker.memory import CPU_TOKENS, available_memory_bytes, default_kv_cache_bytes
 from gpu_worker.model_runner import ModelRunner
 from gpu_worker.tensor_parallel import TensorParallelGroup
 from support.tiny_models import make_tiny_model
@@ -43,11 +43,21 @@ def test_too_little_for_one_block_says_how_much_a_block_takes(model: Path) -> No
         load(model, kv_cache_bytes=BYTES_PER_BLOCK - 1)
 
 
-def test_by_default_the_ranks_share_a_bounded_part_of_what_is_available() -> None:
-    cpu = torch.device("cpu")
+def test_by_default_the_ranks_share_a_bounded_part_of_what_is_available(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def default(num_ranks: int, max_model_len: int) -> int:
+        cpu = torch.device("cpu")
+        return default_kv_cache_bytes(
+            cpu, num_ranks, bytes_per_token=1000, max_model_len=max_model_len
+        )
+
     assert 0 < available_memory_bytes() < 2**50
-    assert 0 < default_kv_cache_bytes(cpu, 1) <= MAX_CPU_BYTES
-    assert default_kv_cache_bytes(cpu, 4) <= MAX_CPU_BYTES // 4
+    monkeypatch.setattr(memory, "available_memory_bytes", lambda: 400_000_000)
+    assert default(1, 100) == CPU_TOKENS * 1000
+    assert default(1, 50_000) == 50_000_000
+    assert default(1, 200_000) == 100_000_000
+    assert default(5, 200_000) == 20_000_000
 
 
 def test_files_that_a_container_has_cached_do_not_count_as_used(

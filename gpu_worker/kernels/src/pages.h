@@ -1,0 +1,25 @@
+// One layer's pages of the KV-cache, as cache/pages.py lays them out.
+
+#pragma once
+
+#include <cstdint>
+
+namespace fb {
+
+enum PageType : int64_t { kFloat32Page = 0, kFloat16Page = 1, kBfloat16Page = 2 };
+
+// All strides count elements. Slot `s` of a block and head lies `s * head_dim` behind its start.
+struct Pages {
+  PageType type;
+  int64_t num_kv_heads;
+  int64_t head_dim;
+  int64_t block_size;    // slots
+  int64_t block_stride;  // from a block to the next one
+  int64_t head_stride;   // from a head to the next one
+
+  int64_t slot_offset(int64_t block, int64_t head, int64_t slot) const {
+    return block * block_stride + head * head_stride + slot * head_dim;
+  }
+};
+
+}  // namespace fb
