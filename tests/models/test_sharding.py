@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from gpu_worker.layers.sharding import ModelShard, shard_model
 from gpu_worker.model_runner import ModelRunner
@@ -62,6 +62,51 @@ def test_every_head_column_and_token_has_one_owner_and_each_query_its_key_value_
             assert part.kv_heads[part.kv_head_of_query[local]] == query_head // 3
 
 
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 7, 9])
+def test_inputs_are_cut_where_a_group_of_quantized_weights_ends(
+    config: ModelConfig, size: int
+) -> None:
+    for part in shards(config, size):
+        assert part.mlp_columns.start % 64 == 0
+        assert part.query_heads.start * config.head_dim % 64 == 0
+    widths = [len(part.mlp_columns) for part in shards(config, size)]
+    assert max(widths) - min(widths) in (0, 64)
+
+
+@pytest.mark.parametrize(
+    ("num_columns", "size", "widths"),
+    [
+        (1000, 3, [334, 333, 333]),  # no multiple of anything: as even as it goes
+        (1008, 3, [336, 336, 336]),  # whole vectors
+        (128, 3, [48, 48, 32]),  # two groups cannot serve three ranks
+        (1600, 2, [832, 768]),
+    ],
+)
+def test_columns_that_make_no_groups_are_cut_as_evenly_as_they_go(
+    config: ModelConfig, num_columns: int, size: int, widths: list[int]
+) -> None:
+    parts = shards(replace(config, intermediate_size=num_columns), size)
+    assert [len(part.mlp_columns) for part in parts] == widths
+    assert [c for part in parts for c in part.mlp_columns] == list(range(num_columns))
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "head_dim", "size", "heads"),
+    [
+        (12, 32, 3, [4, 4, 4]),  # pairs make groups
+        (12, 32, 4, [3, 3, 3, 3]),  # pairs would leave 4 to one rank
+        (8, 80, 2, [4, 4]),  # fours make groups
+        (8, 80, 3, [3, 3, 2]),  # fours do not go around
+        (9, 32, 2, [5, 4]),
+    ],
+)
+def test_small_heads_are_dealt_out_in_whole_groups_if_that_costs_no_balance(
+    config: ModelConfig, num_heads: int, head_dim: int, size: int, heads: list[int]
+) -> None:
+    model = replace(config, num_heads=num_heads, num_kv_heads=1, head_dim=head_dim)
+    assert [len(part.query_heads) for part in shards(model, size)] == heads
+
+
 @pytest.mark.parametrize("size", [0, 10])
 def test_a_size_that_leaves_ranks_without_heads_is_refused(config: ModelConfig, size: int) -> None:
     with pytest.raises(ModelError, match=rf"size {size} .* 9 query heads; use 1 to 9"):
@@ -72,7 +117,7 @@ def test_of_two_ranks_none_holds_more_than_60_percent_of_the_sharded_weights(
     gguf_path: Path,
 ) -> None:
     def load(group: TensorParallelGroup) -> int:
-        runner = ModelRunner(gguf_path, group=group, num_blocks=1, dtype=torch.bfloat16)
+        runner = ModelRunner(gguf_path, group=group, num_blocks=1, dtype="bfloat16")
         return runner.num_sharded_bytes
 
     [whole] = run_as_ranks(1, load)

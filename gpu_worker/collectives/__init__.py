@@ -1,0 +1,1 @@
+"""How the ranks of a tensor-parallel group exchange what they compute."""
