@@ -83,6 +83,10 @@ class BlockPool:
         """How many of these blocks `touch` would take from the free ones."""
         return sum(self._ref_counts[block_id] == 0 for block_id in block_ids)
 
+    def num_held_once_among(self, block_ids: Iterable[int]) -> int:
+        """How many of these blocks one sequence alone holds."""
+        return sum(self._ref_counts[block_id] == 1 for block_id in block_ids)
+
     def touch(self, block_ids: Iterable[int]) -> None:
         """Hold these blocks, found by `find_prefix`, once more."""
         for block_id in block_ids:

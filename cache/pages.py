@@ -83,7 +83,7 @@ class KVPages:
         """Reserve the memory. On the CPU it is committed page by page as blocks are written."""
         self.shape = shape
         self.num_blocks = num_blocks
-        self.data = _zeros(
+        self.data = zeros(
             (
                 num_blocks,
                 shape.num_layers,
@@ -123,7 +123,8 @@ class KVPages:
         return (blocks * block_size + slots % block_size).flatten()
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of zeros; on the CPU, its memory is committed as it is written."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     # numpy asks the system for zeroed memory, which costs nothing until it is touched; torch.zeros

@@ -5,27 +5,35 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
 from typing import Protocol
 
-import numpy as np
 from torch import Tensor
 
 from cache.block_pool import BlockPool
 from cache.prefix_hash import PrefixHasher
-from gpu_worker.engine.iteration_scheduler import IterationScheduler
+from gpu_worker.engine.host_tier import HostTier
+from gpu_worker.engine.iteration_scheduler import IterationScheduler, Schedule
 from gpu_worker.engine.random_numbers import seed_to_uint64
 from gpu_worker.engine.sampler import Sampled, Sampler
 from gpu_worker.engine.sequence import End, Sequence
 from gpu_worker.engine.step_builder import StepBuilder
+from gpu_worker.engine.validation import validate
+from gpu_worker.kernels import library as kernels
 from gpu_worker.rank_options import RankOptions
 from gpu_worker.rank_protocol import EngineStats, RawLogprob, SequenceOutput, StepOutput
 from gpu_worker.step_plan import StepPlan
-from wire.errors import InvalidRequest, RequestTooLong
+from wire.errors import InvalidRequest
 from wire.ids import RequestId, TokenIds, token_ids
 from wire.messages import Assignment, ErrorInfo
 
 NUMERICAL_ERROR = "numerical_error"
 """The error code of a request for which the model gave NaN or infinite logits."""
+
+CPU_STEP_TOKENS = 1024
+GPU_STEP_TOKENS = 8192
+"""Prompts go through a processor at the same rate from 256 tokens a step on, and what generates
+waits less between two tokens; a GPU needs some thousands to be busy."""
 
 _NUM_SALTS = 1024
 
@@ -41,7 +49,9 @@ class Runner(Protocol):
 class EngineModel:
     """What the engine must know of the model and the cache that its runner holds.
 
-    `cache_format` names what changes a cached block's contents for the same tokens.
+    `cache_format` names what changes a cached block's contents for the same tokens. Host memory has
+    room for `num_host_blocks` blocks, each of which takes `host_copy_s` to be copied there or back.
+    `step_tokens` is how many tokens a step has at most if nobody says.
     """
 
     vocab_size: int
@@ -49,6 +59,9 @@ class EngineModel:
     eos_token_ids: tuple[int, ...]
     num_blocks: int
     cache_format: str
+    num_host_blocks: int = 0
+    host_copy_s: float = 0.0
+    step_tokens: int = CPU_STEP_TOKENS
 
 
 class Engine:
@@ -61,19 +74,26 @@ class Engine:
         self.vocab_size = model.vocab_size
         self._runner = runner
         self._eos_token_ids = frozenset(model.eos_token_ids)
+        self._host = HostTier(model.num_host_blocks, model.host_copy_s)
         self._scheduler = IterationScheduler(
             BlockPool(model.num_blocks, options.block_size),
             max_num_seqs=options.max_num_seqs,
-            max_num_batched_tokens=options.max_num_batched_tokens,
+            max_num_batched_tokens=options.max_num_batched_tokens or model.step_tokens,
             prefix_caching=options.prefix_caching,
+            host=self._host,
         )
         self._step_builder = StepBuilder(
             max_num_seqs=options.max_num_seqs,
             max_blocks_per_seq=self._scheduler.pool.num_blocks_for(self.max_model_len),
             block_size=options.block_size,
         )
-        self._sampler = Sampler(max_num_seqs=options.max_num_seqs, vocab_size=model.vocab_size)
+        self._sampler = Sampler(
+            max_num_seqs=options.max_num_seqs,
+            vocab_size=model.vocab_size,
+            use_kernels=kernels.isa() is not None,
+        )
         self._sequences: dict[RequestId, Sequence] = {}
+        self._indices = count()
         self._ended_early: list[SequenceOutput] = []  # refused, or complete as they came
         self._to_wipe: list[int] = []  # blocks with numbers that are none, before the next step
         self._num_generated_tokens = 0
@@ -105,7 +125,7 @@ class Engine:
                 return
             self.abort(assignment.request_id)
         try:
-            self._validate(assignment)
+            validate(assignment, max_model_len=self.max_model_len, vocab_size=self.vocab_size)
         except InvalidRequest as error:
             self._ended_early.append(
                 _failure(assignment, ErrorInfo(error.code, str(error), error.field))
@@ -130,42 +150,39 @@ class Engine:
         """Compute one step and return what it gave: schedule, run, postprocess."""
         started_s = time.perf_counter()
         outputs, self._ended_early = self._ended_early, []
+        indices, tokens = token_ids(), token_ids()
         schedule = self._scheduler.schedule()
+        num_tokens = sum(schedule.values())
         if schedule:
-            plan, sampling = self._step_builder.build(schedule, self._to_wipe)
-            self._to_wipe = []
+            plan, sampling = self._build(schedule)
+            run_s = time.perf_counter()
             logits = self._runner.execute(plan)
             self._scheduler.complete(schedule)
             if sampling:
-                outputs += self._apply(sampling, self._sampler.sample(logits, sampling))
-        stats = self._stats(sum(schedule.values()), time.perf_counter() - started_s)
-        return StepOutput(tuple(outputs), stats)
+                sampled = self._sampler.sample(logits, sampling)
+                # Only now a GPU has computed the step for sure.
+                self._host.observe(num_tokens, len(schedule), time.perf_counter() - run_s)
+                outputs += self._apply(sampling, sampled, indices, tokens)
+        stats = self._stats(num_tokens, time.perf_counter() - started_s)
+        return StepOutput(tuple(outputs), stats, indices, tokens)
 
     def check_integrity(self) -> None:
         """Raise AssertionError if the blocks' bookkeeping contradicts itself; for idle moments."""
         self._scheduler.pool.check_integrity(s.block_table for s in self._sequences.values())
 
-    def _validate(self, assignment: Assignment) -> None:
-        params, tokens = assignment.sampling, assignment.prompt_token_ids
-        if not tokens:
-            raise InvalidRequest("the prompt has no tokens", field="prompt")
-        if len(tokens) >= self.max_model_len:
-            raise RequestTooLong(
-                f"the prompt has {len(tokens)} tokens; at most {self.max_model_len - 1} leave room"
-                " for an answer",
-                field="prompt",
-            )
-        self._check_vocabulary("prompt", tokens)
-        self._check_vocabulary("generated", assignment.generated)
-        self._check_vocabulary("stop_token_ids", token_ids(params.stop_token_ids))
-
-    def _check_vocabulary(self, field: str, tokens: TokenIds) -> None:
-        highest = int(np.frombuffer(tokens, np.uint32).max(initial=0))
-        if highest >= self.vocab_size:
-            raise InvalidRequest(
-                f"token id {highest} in {field} is not in the vocabulary of {self.vocab_size}",
-                field=field,
-            )
+    def _build(self, schedule: Schedule) -> tuple[StepPlan, list[Sequence]]:
+        """The step's plan, with the copies and wipes due before it, and who samples."""
+        scheduler = self._scheduler
+        copied = {copy.block_id for copy in scheduler.copies_in}
+        plan, sampling = self._step_builder.build(
+            schedule,
+            copies_out=scheduler.copies_out,
+            # What is overwritten as a whole needs no wiping.
+            wiped_blocks=[block_id for block_id in self._to_wipe if block_id not in copied],
+            copies_in=scheduler.copies_in,
+        )
+        scheduler.copies_out, scheduler.copies_in, self._to_wipe = [], [], []
+        return plan, sampling
 
     def _make_sequence(self, assignment: Assignment) -> Sequence:
         params = assignment.sampling
@@ -175,6 +192,7 @@ class Engine:
             num_wanted = len(assignment.prompt_token_ids) + params.max_tokens
             max_num_tokens = min(max_num_tokens, num_wanted)
         return Sequence(
+            next(self._indices),
             assignment,
             seed=seed_to_uint64(params.seed),
             stop_token_ids=eos.union(params.stop_token_ids) if params.stop_token_ids else eos,
@@ -182,7 +200,10 @@ class Engine:
             hasher=self._hasher(assignment.cache_salt),
         )
 
-    def _apply(self, sampling: list[Sequence], sampled: Sampled) -> list[SequenceOutput]:
+    def _apply(
+        self, sampling: list[Sequence], sampled: Sampled, indices: TokenIds, tokens: TokenIds
+    ) -> list[SequenceOutput]:
+        """Take in what was drawn: plain tokens go to the columns, the rest is returned."""
         outputs = []
         logprobs = sampled.logprobs or [None] * len(sampling)
         for sequence, token_id, logprob in zip(sampling, sampled.token_ids, logprobs, strict=True):
@@ -191,11 +212,16 @@ class Engine:
                 continue
             sequence.append(token_id)
             end = sequence.end()
+            if end is None and logprob is None and sequence.is_known:
+                indices.append(sequence.index)
+                tokens.append(token_id)
+                continue
             if end is not None:
                 del self._sequences[sequence.request_id]
                 self._scheduler.remove(sequence)
             outputs.append(_output(sequence, (token_id,), logprob, end))
-            self._num_generated_tokens += 1
+            sequence.is_known = True
+        self._num_generated_tokens += len(sampling) - sampled.token_ids.count(None)
         return outputs
 
     def _fail(self, sequence: Sequence) -> SequenceOutput:
@@ -238,6 +264,7 @@ def _output(
         stop_token_id=None if end is None else end.stop_token_id,
         num_prompt_tokens=sequence.num_prompt_tokens,
         num_cached_tokens=sequence.num_cached_tokens or 0,
+        index=sequence.index,
     )
 
 

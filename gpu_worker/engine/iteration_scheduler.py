@@ -7,11 +7,18 @@ Iteration-level scheduling (Orca, OSDI 2022) with chunked prefill (Sarathi-Serve
     2. what is left of the budget goes to prompts that are partly computed, oldest first
     3. then to waiting sequences, first come, first served, while rows and blocks last
 
-A sequence is admitted when blocks for all its tokens are free, and gets them at once: chunks of
-its prompt can then not run dry half way. Later it grows block by block. When none is free, the
-youngest running sequence is preempted: it gives up its blocks, goes back to the head of the queue,
-and what it had generated is prefilled together with its prompt when its turn comes again. The
-oldest sequence is thus never preempted for another, and every sequence becomes the oldest in time.
+A waiting sequence is held back, and those behind it go first, if a block that it could use is about
+to be computed for another one: a prefix is computed once, however many its readers are, also when
+they all come together. It is held for one step only. Something is left of the budget for those who
+wait only in a step that completes all prompts that have been started, so what they have in common
+with others is there afterwards. If the other one fails, the next one computes the prefix.
+
+A sequence is admitted when blocks for all its tokens are free, and one more for each that runs. It
+gets them at once: chunks of its prompt can then not run dry half way. Later it grows block by
+block. When none is free, the youngest running sequence is preempted: it gives up its blocks and
+goes back to its place in the queue. When its turn comes again, its blocks come back from host
+memory, or what it had generated is prefilled together with its prompt (`HostTier`). The oldest
+running sequence is thus never preempted for another, and every sequence becomes the oldest in time.
 
 Pure policy: it sees counts and block ids, no tensor and no clock.
 """
@@ -19,16 +26,26 @@ Pure policy: it sees counts and block ids, no tensor and no clock.
 from __future__ import annotations
 
 from array import array
-from collections import deque
-from typing import TypeAlias
+from bisect import insort
+from operator import attrgetter
+from typing import NamedTuple, TypeAlias
 
 from cache.block_pool import BlockPool
-from gpu_worker.engine.sequence import Sequence
+from gpu_worker.engine.host_tier import HostTier
+from gpu_worker.engine.sequence import SavedBlocks, Sequence
+from wire.ids import BlockHash
 
 Schedule: TypeAlias = dict[Sequence, int]
 """How many tokens of which sequence the next step computes, in the order of its rows."""
 
-_WATERMARK_SHARE = 0.01
+_by_index = attrgetter("index")
+
+
+class BlockCopy(NamedTuple):
+    """A block of the pool and a slot of host memory, one to be copied to the other."""
+
+    block_id: int
+    slot: int
 
 
 class IterationScheduler:
@@ -45,18 +62,20 @@ class IterationScheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         prefix_caching: bool,
+        host: HostTier | None = None,
     ) -> None:
         self.pool = pool
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # both in order of arrival, all of running first
+        self.waiting: list[Sequence] = []  # this and running in order of arrival
+        self.running: list[Sequence] = []
+        self.copies_out: list[BlockCopy] = []  # to be made before the next step, then emptied
+        self.copies_in: list[BlockCopy] = []
         self.num_preemptions = 0
         self.num_prefill_tokens = 0  # to compute at admission, summed up; cached ones apart
         self.num_cached_tokens = 0
+        self._host = host or HostTier(0, 0.0)
         self._free_rows = list(range(max_num_seqs))
         self._max_num_batched_tokens = max_num_batched_tokens
         self._prefix_caching = prefix_caching
-        # Admission leaves some blocks to those that run, or they would preempt the newcomer soon.
-        self._watermark = int(pool.num_blocks * _WATERMARK_SHARE)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
@@ -64,11 +83,12 @@ class IterationScheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence that is finished or no longer wanted, and free what it holds."""
-        if sequence.row is None:
-            self.waiting.remove(sequence)
-        else:
+        if sequence.row is not None:
             self._release(sequence)
             self.running.remove(sequence)
+        else:
+            self._drop_saved(sequence)
+            self.waiting.remove(sequence)
 
     def discard(self, sequence: Sequence) -> list[int]:
         """Remove a running sequence whose keys and values are no good, and let nobody reuse them.
@@ -83,25 +103,10 @@ class IterationScheduler:
     def schedule(self) -> Schedule:
         """Decide on the next step; empty when there is nothing to compute."""
         schedule: Schedule = {}
-        budget = self._max_num_batched_tokens
         num_preemptions = self.num_preemptions
-        decodes = [s for s in self.running if s.num_uncomputed == 1]
-        prefills = [s for s in self.running if s.num_uncomputed > 1]
-        for sequence in (*decodes, *prefills):
-            if not budget:
-                break
-            # The youngest may be this one itself, or one that is in the schedule already.
-            while sequence.row is not None and not self._grow(sequence):
-                budget += schedule.pop(self._preempt_youngest(), 0)
-            if sequence.row is not None:
-                schedule[sequence] = min(sequence.num_uncomputed, budget)
-                budget -= schedule[sequence]
+        budget = self._continue_running(schedule)
         if num_preemptions == self.num_preemptions:
-            while budget and self.waiting and self._admit(self.waiting[0]):
-                sequence = self.waiting.popleft()
-                self.running.append(sequence)
-                schedule[sequence] = min(sequence.num_uncomputed, budget)
-                budget -= schedule[sequence]
+            self._admit_waiting(schedule, budget)
         return schedule
 
     def complete(self, schedule: Schedule) -> None:
@@ -113,11 +118,54 @@ class IterationScheduler:
             if self._prefix_caching and sequence.num_computed // block_size > first_open:
                 self._register_blocks(sequence, first_open)
 
+    def _continue_running(self, schedule: Schedule) -> int:
+        """Schedule what runs, as far as the budget goes; returns what is left of it."""
+        budget, block_size = self._max_num_batched_tokens, self.pool.block_size
+        decodes: list[Sequence] = []
+        prefills: list[Sequence] = []
+        for sequence in self.running:
+            generates = len(sequence.token_ids) - sequence.num_computed == 1
+            (decodes if generates else prefills).append(sequence)
+        for sequence in (*decodes, *prefills):
+            if not budget:
+                break
+            if len(sequence.token_ids) > len(sequence.block_table) * block_size:
+                # The youngest may be this one itself, or one that is in the schedule already.
+                while sequence.row is not None and not self._grow(sequence):
+                    budget += schedule.pop(self._preempt_youngest(), 0)
+            if sequence.row is not None:
+                num_tokens = min(len(sequence.token_ids) - sequence.num_computed, budget)
+                schedule[sequence] = num_tokens
+                budget -= num_tokens
+        return budget
+
+    def _admit_waiting(self, schedule: Schedule, budget: int) -> None:
+        if not (budget and self.waiting and self._free_rows):
+            return
+        computing: set[BlockHash] = set()
+        for sequence in schedule:
+            computing.update(self._uncomputed_blocks(sequence))
+        num_held = 0
+        while budget and self._free_rows and num_held < len(self.waiting):
+            sequence = self.waiting[num_held]
+            prefix, first_missing = self._find_prefix(sequence)
+            if first_missing in computing:
+                num_held += 1
+                continue
+            if not self._admit(sequence, prefix):
+                break
+            del self.waiting[num_held]
+            insort(self.running, sequence, key=_by_index)
+            schedule[sequence] = min(sequence.num_uncomputed, budget)
+            budget -= schedule[sequence]
+            computing.update(self._uncomputed_blocks(sequence))
+
+    def _uncomputed_blocks(self, sequence: Sequence) -> list[BlockHash]:
+        return sequence.block_hashes[sequence.num_computed // self.pool.block_size :]
+
     def _grow(self, sequence: Sequence) -> bool:
-        """Get the block that a running sequence's newest token needs, if it needs one."""
+        """Get the block that a running sequence's newest token needs."""
         num_blocks = self.pool.num_blocks_for(sequence.num_tokens) - len(sequence.block_table)
-        if num_blocks <= 0:
-            return True
         block_ids = self.pool.allocate(num_blocks)
         if block_ids is None:
             return False
@@ -125,20 +173,25 @@ class IterationScheduler:
         sequence.block_table_changed = True
         return True
 
-    def _admit(self, sequence: Sequence) -> bool:
+    def _find_prefix(self, sequence: Sequence) -> tuple[list[int], BlockHash | None]:
+        """The cached blocks that a waiting sequence can use, and the first one that it lacks."""
+        if not self._prefix_caching:
+            return [], None
+        sequence.hash_full_blocks(self.pool.block_size)
+        # The last token is always computed: the next one is drawn from its logits.
+        reusable = sequence.block_hashes[: (sequence.num_tokens - 1) // self.pool.block_size]
+        prefix = self.pool.find_prefix(reusable)
+        # One that has saved its blocks is going to have what it lacks.
+        is_complete = len(prefix) == len(reusable) or sequence.saved is not None
+        return prefix, None if is_complete else reusable[len(prefix)]
+
+    def _admit(self, sequence: Sequence, prefix: list[int]) -> bool:
         """Give a waiting sequence a row, its prefix's cached blocks, and the blocks it lacks."""
         pool = self.pool
-        prefix: list[int] = []
-        if not self._free_rows:
-            return False
-        if self._prefix_caching:
-            sequence.hash_full_blocks(pool.block_size)
-            # The last token is always computed: the next one is drawn from its logits.
-            num_reusable = (sequence.num_tokens - 1) // pool.block_size
-            prefix = pool.find_prefix(sequence.block_hashes[:num_reusable])
         num_new = pool.num_blocks_for(sequence.num_tokens) - len(prefix)
-        watermark = self._watermark if self.running else 0
-        if num_new + pool.num_free_among(prefix) + watermark > pool.num_free:
+        # A block is left to each one that runs, or they would soon preempt the newcomer.
+        num_left = pool.num_free - num_new - pool.num_free_among(prefix)
+        if num_left < len(self.running):
             return False
         pool.touch(prefix)
         block_ids = pool.allocate(num_new)
@@ -146,17 +199,20 @@ class IterationScheduler:
         sequence.block_table = array("i", prefix + block_ids)
         sequence.block_table_changed = True
         sequence.num_computed = len(prefix) * pool.block_size
+        sequence.row = self._free_rows.pop()
+        if sequence.saved is not None:
+            self._restore(sequence, sequence.saved, len(prefix))
         self.num_cached_tokens += sequence.num_computed
         self.num_prefill_tokens += sequence.num_uncomputed
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = min(sequence.num_computed, sequence.num_prompt_tokens)
-        sequence.row = self._free_rows.pop()
         return True
 
     def _preempt_youngest(self) -> Sequence:
         sequence = self.running.pop()
+        sequence.saved = self._save(sequence)
         self._release(sequence)
-        self.waiting.appendleft(sequence)
+        insort(self.waiting, sequence, key=_by_index)
         self.num_preemptions += 1
         return sequence
 
@@ -167,6 +223,37 @@ class IterationScheduler:
         sequence.block_table = array("i")
         sequence.num_computed = 0
         sequence.row = None
+
+    def _save(self, sequence: Sequence) -> SavedBlocks | None:
+        """Have the computed blocks that only this sequence holds copied out, if that pays."""
+        pool = self.pool
+        computed = sequence.block_table[: pool.num_blocks_for(sequence.num_computed)]
+        # What others hold too is the beginning: whoever holds a block holds those before it.
+        first = len(computed) - pool.num_held_once_among(computed)
+        lost = computed[first:]
+        slots = self._host.take(len(lost), sequence.num_computed - first * pool.block_size)
+        if slots is None:
+            return None
+        self.copies_out += map(BlockCopy, lost, slots)
+        return SavedBlocks(first, slots, sequence.num_computed)
+
+    def _restore(self, sequence: Sequence, saved: SavedBlocks, num_cached: int) -> None:
+        """Have what a sequence saved copied into its blocks behind the `num_cached` first."""
+        if saved.first <= num_cached:  # else blocks between those and these are lost
+            table = sequence.block_table
+            end = saved.first + len(saved.slots)
+            for i in range(num_cached, end):
+                self.copies_in.append(BlockCopy(table[i], saved.slots[i - saved.first]))
+            if num_cached < end:
+                sequence.num_computed = saved.num_computed
+                if self._prefix_caching:
+                    self._register_blocks(sequence, num_cached)
+        self._drop_saved(sequence)
+
+    def _drop_saved(self, sequence: Sequence) -> None:
+        if sequence.saved is not None:
+            self._host.give_back(sequence.saved.slots)
+            sequence.saved = None
 
     def _register_blocks(self, sequence: Sequence, first: int) -> None:
         """Make the blocks from index `first` on that are full by now findable by their contents."""

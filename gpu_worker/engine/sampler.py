@@ -5,6 +5,9 @@
         ├──> greedy rows: argmax
         └──> others: temperature, min-p, top-k, top-p, one draw
 
+On the CPU, the last two are kernels of ours that go through the logits row by row, each row in a
+core's cache; elsewhere they are torch's operations on all rows at once, with the same outcome.
+
 Log probabilities are those of the model itself, before penalties and temperature. When all rows
 are greedy and none asks for anything, sampling is a single argmax.
 
@@ -26,6 +29,8 @@ from gpu_worker.engine.logit_adjustments import apply_penalties, mask_early_stop
 from gpu_worker.engine.random_numbers import uniforms
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.engine.token_filters import draw, filter_thresholds
+from gpu_worker.kernels import argmax as argmax_kernel
+from gpu_worker.kernels import sampling as sampling_kernel
 from gpu_worker.rank_protocol import RawLogprob
 from wire.ids import token_ids
 
@@ -48,8 +53,10 @@ class Sampled(NamedTuple):
 class Sampler:
     """Keeps the sampling parameters of the running sequences in arrays, by their rows."""
 
-    def __init__(self, *, max_num_seqs: int, vocab_size: int) -> None:
+    def __init__(self, *, max_num_seqs: int, vocab_size: int, use_kernels: bool) -> None:
+        """`use_kernels`: for logits on the CPU; the compiled library must be there."""
         self._vocab_size = vocab_size
+        self._use_kernels = use_kernels
         self._seeds = np.zeros(max_num_seqs, np.uint64)
         self._temperature = np.zeros(max_num_seqs, np.float32)
         self._top_k = np.zeros(max_num_seqs, np.int64)
@@ -69,7 +76,7 @@ class Sampler:
         """
         rows = self._rows(sequences)
         if self._is_plain[rows].all():
-            return Sampled(_to_list(*_most_likely(logits)), None)
+            return Sampled(_to_list(*self._most_likely(logits)), None)
         wants_logprobs = np.flatnonzero(self._num_logprobs[rows])
         raw = logits[_index(wants_logprobs, logits)] if wants_logprobs.size else None
         penalized = np.flatnonzero(self._has_penalties[rows]).tolist()
@@ -87,12 +94,12 @@ class Sampler:
         return Sampled(_to_list(chosen, best), logprobs)
 
     def _rows(self, sequences: Seq[Sequence]) -> npt.NDArray[np.intp]:
-        rows = [sequence.row for sequence in sequences]
-        for row, sequence in zip(rows, sequences, strict=True):
-            assert row is not None, "only running sequences sample"
-            if self._owners[row] is not sequence:
+        rows = np.array([sequence.row for sequence in sequences], np.intp)
+        owners = self._owners
+        for row, sequence in zip(rows.tolist(), sequences, strict=True):
+            if owners[row] is not sequence:
                 self._take_row(row, sequence)
-        return np.array(rows, np.intp)
+        return rows
 
     def _take_row(self, row: int, sequence: Sequence) -> None:
         params = sequence.params
@@ -118,11 +125,11 @@ class Sampler:
         """The token of each row, and the row's highest logit."""
         drawn = np.flatnonzero(self._temperature[rows])
         if not drawn.size:
-            return _most_likely(logits)
+            return self._most_likely(logits)
         positions = np.array([sequences[i].num_generated for i in drawn.tolist()], np.uint64)
         if drawn.size == len(sequences):
             return self._draw(logits, rows, positions)
-        chosen, best = _most_likely(logits)
+        chosen, best = self._most_likely(logits)
         where = _index(drawn, logits)
         chosen[where] = self._draw(logits[where], rows[drawn], positions)[0]
         return chosen, best
@@ -134,6 +141,16 @@ class Sampler:
             return torch.from_numpy(table[rows]).to(logits.device)
 
         temperature = parameter(self._temperature).clamp_(min=_MIN_TEMPERATURE)
+        shares = torch.from_numpy(uniforms(self._seeds[rows], positions))
+        if self._uses_kernels(logits):
+            return sampling_kernel.draw(
+                logits,
+                temperature,
+                parameter(self._top_k),
+                parameter(self._top_p),
+                parameter(self._min_p),
+                shares,
+            )
         best = logits.amax(1)
         scores = logits.sub_(best.unsqueeze(1)).div_(temperature.unsqueeze(1))
         unfiltered = (
@@ -146,8 +163,21 @@ class Sampler:
                 scores, parameter(self._top_k), parameter(self._top_p), parameter(self._min_p)
             )
             scores.masked_fill_(scores < thresholds.unsqueeze(1), -torch.inf)
-        shares = torch.from_numpy(uniforms(self._seeds[rows], positions))
         return draw(scores, shares.to(logits.device)), best
+
+    def _most_likely(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The first token with the highest logit of each row, and that logit."""
+        if self._uses_kernels(logits):
+            return argmax_kernel.argmax(logits)
+        if logits.device.type == "cpu":
+            # numpy takes a tenth of the time of torch's argmax. To both, NaN is the highest.
+            chosen = torch.from_numpy(logits.numpy().argmax(1))
+        else:
+            chosen = logits.argmax(1)
+        return chosen, logits.gather(1, chosen.unsqueeze(1)).squeeze(1)
+
+    def _uses_kernels(self, logits: Tensor) -> bool:
+        return self._use_kernels and logits.device.type == "cpu" and logits.is_contiguous()
 
     def _logprobs(
         self, raw: Tensor, chosen: Tensor, rows: npt.NDArray[np.intp]
@@ -165,17 +195,13 @@ class Sampler:
         ]
 
 
-def _most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The first token with the highest logit of each row, and that logit."""
-    chosen = logits.argmax(1)
-    return chosen, logits.gather(1, chosen.unsqueeze(1)).squeeze(1)
-
-
 def _to_list(chosen: Tensor, best: Tensor) -> list[int | None]:
     """The tokens, None where the row's highest logit is not finite."""
     # In one transfer from the device: a second one would wait for it a second time.
-    marked = torch.where(best.isfinite(), chosen, _NO_TOKEN).tolist()
-    return [None if token_id == _NO_TOKEN else token_id for token_id in marked]
+    marked: list[int | None] = torch.where(best.isfinite(), chosen, _NO_TOKEN).tolist()
+    if _NO_TOKEN in marked:
+        return [None if token_id == _NO_TOKEN else token_id for token_id in marked]
+    return marked
 
 
 def _index(positions: npt.NDArray[np.intp], like: Tensor) -> Tensor:

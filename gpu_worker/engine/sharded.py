@@ -9,29 +9,46 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from gpu_worker.engine.engine import Engine, EngineModel
+from cache.host_pages import HostPages
+from gpu_worker.engine.engine import CPU_STEP_TOKENS, GPU_STEP_TOKENS, Engine, EngineModel
 from gpu_worker.engine.step_builder import first_step
+from gpu_worker.kernels import library as kernels
 from gpu_worker.layer_progress import LayerCounter
+from gpu_worker.memory import default_host_cache_bytes
 from gpu_worker.model_runner import ModelRunner
 from gpu_worker.rank_options import RankOptions
 from gpu_worker.step_plan import StepPlan
 from gpu_worker.tensor_parallel import TensorParallelGroup
 from wire.errors import ConfigError
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+class RankRunner:
+    """One rank's part of each step: blocks go to host memory and come back, then the model runs."""
+
+    def __init__(self, model: ModelRunner, host: HostPages) -> None:
+        self.model = model
+        self.host = host
+
+    def execute(self, plan: StepPlan) -> Tensor | None:
+        """The logits of the plan's `logits_rows` on rank 0, None on the others."""
+        if len(plan.copies_out):
+            self.host.copy_out(plan.copies_out)
+        if len(plan.copies_in):
+            self.host.copy_in(plan.copies_in)
+        return self.model.execute(plan)
 
 
 class LeadRunner:
     """Rank 0's runner: the other ranks get each plan first, then all compute it together."""
 
-    def __init__(self, model: ModelRunner, group: TensorParallelGroup) -> None:
-        self._model = model
+    def __init__(self, runner: RankRunner, group: TensorParallelGroup) -> None:
+        self._runner = runner
         self._group = group
 
     def execute(self, plan: StepPlan) -> Tensor:
         """The logits of the plan's `logits_rows`."""
         self._group.send_plan(plan)
-        logits = self._model.execute(plan)
+        logits = self._runner.execute(plan)
         assert logits is not None, "rank 0 gathers the logits"
         return logits
 
@@ -42,9 +59,10 @@ class ShardedEngine(Engine):
     def __init__(
         self, size: int, rendezvous: Path, options: RankOptions, layers: LayerCounter
     ) -> None:
-        self._group, model = _load(0, size, rendezvous, options, layers)
+        self._group, rank_runner = _load(0, size, rendezvous, options, layers)
+        model, host = rank_runner.model, rank_runner.host
         config = model.config
-        runner = LeadRunner(model, self._group)
+        runner = LeadRunner(rank_runner, self._group)
         # What is set up by the first step (connections, libraries' handles, kernels) would else
         # delay, or on a bad day fail, a request; loading may take the time.
         runner.execute(first_step())
@@ -55,7 +73,10 @@ class ShardedEngine(Engine):
                 max_model_len=config.max_model_len,
                 eos_token_ids=config.eos_token_ids,
                 num_blocks=model.num_blocks,
-                cache_format=f"{_dtype(options.dtype, model.device)}/{options.block_size}",
+                cache_format=f"{model.precision.name}/{options.block_size}",
+                num_host_blocks=host.num_slots,
+                host_copy_s=host.measure_copy_s(),
+                step_tokens=CPU_STEP_TOKENS if model.device.type == "cpu" else GPU_STEP_TOKENS,
             ),
             options,
         )
@@ -79,18 +100,23 @@ class ShardedEngine(Engine):
 def follow(rank: int, size: int, rendezvous: Path, options: RankOptions) -> None:
     """Be a rank above 0: load this rank's part, then compute what rank 0 plans until it ends.
 
-    Raises ModelError if the model cannot be loaded, and what torch raises when rank 0 is gone.
+    Raises ModelError if the model cannot be loaded, and CollectiveFailed (or what torch raises)
+    when another rank is gone.
     """
-    group, model = _load(rank, size, rendezvous, options, LayerCounter())
+    group, runner = _load(rank, size, rendezvous, options, LayerCounter())
     while (plan := group.receive_plan()) is not None:
-        model.execute(plan)
+        runner.execute(plan)
     group.close()
 
 
 def _load(
     rank: int, size: int, rendezvous: Path, options: RankOptions, layers: LayerCounter
-) -> tuple[TensorParallelGroup, ModelRunner]:
-    torch.set_num_threads(options.num_threads or max(1, _num_cores() // size))
+) -> tuple[TensorParallelGroup, RankRunner]:
+    num_threads = options.num_threads or max(1, _num_cores() // size)
+    kernels.set_num_threads(num_threads)
+    # What is left to torch beside our kernels is small, and its idle threads would spin on the
+    # cores that the kernels' threads need.
+    torch.set_num_threads(1 if kernels.isa() is not None else num_threads)
     device = _device(rank)
     group = TensorParallelGroup.connect(
         rank, size, rendezvous, device, options.collective_timeout_s
@@ -98,7 +124,8 @@ def _load(
     model = ModelRunner(
         Path(options.model_path),
         group=group,
-        dtype=_dtype(options.dtype, device),
+        dtype=options.dtype,
+        quantization=options.quantization,
         device=device,
         block_size=options.block_size,
         num_blocks=options.num_blocks,
@@ -106,8 +133,17 @@ def _load(
         max_model_len=options.max_model_len,
         layers=layers,
     )
+    host = HostPages(model.pages, _num_host_slots(options, model, group))
     group.meet()
-    return group, model
+    return group, RankRunner(model, host)
+
+
+def _num_host_slots(options: RankOptions, model: ModelRunner, group: TensorParallelGroup) -> int:
+    """As many as the rank with the least memory for them, or the most heads, has room for."""
+    size_bytes = options.host_cache_bytes
+    if size_bytes is None:
+        size_bytes = default_host_cache_bytes(model.device, group.size)
+    return group.minimum(size_bytes // model.pages.shape.bytes_per_block)
 
 
 def _num_cores() -> int:
@@ -127,12 +163,3 @@ def _device(rank: int) -> torch.device:
             f"use a tensor-parallel size of at most {num_gpus}"
         )
     return torch.device("cuda", rank)
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    """ "auto" is float32 on the CPU, where 16-bit GEMMs are no faster, and bfloat16 on a GPU."""
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if name not in _DTYPES:
-        raise ConfigError(f"dtype is {name}; it must be auto, {', '.join(_DTYPES)}")
-    return _DTYPES[name]

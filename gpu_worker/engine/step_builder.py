@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gpu_worker.engine.iteration_scheduler import Schedule
+from gpu_worker.engine.iteration_scheduler import BlockCopy, Schedule
 from gpu_worker.engine.sequence import Sequence
-from gpu_worker.step_plan import StepPlan
+from gpu_worker.step_plan import NO_COPIES, StepPlan
 
 
 class StepBuilder:
@@ -24,8 +24,53 @@ class StepBuilder:
         self._block_tables = np.zeros((max_num_seqs, max_blocks_per_seq), np.int32)
         self._block_size = block_size
 
-    def build(self, schedule: Schedule, wiped_blocks: list[int]) -> tuple[StepPlan, list[Sequence]]:
+    def build(
+        self,
+        schedule: Schedule,
+        *,
+        copies_out: list[BlockCopy],
+        wiped_blocks: list[int],
+        copies_in: list[BlockCopy],
+    ) -> tuple[StepPlan, list[Sequence]]:
         """The plan, and the sequences that sample, in the order of its `logits_rows`."""
+        block_size = self._block_size
+        tokens, sampling = self._take_tokens(schedule)
+        num_seqs = len(schedule)
+        counts = np.fromiter(schedule.values(), np.int32, num_seqs)
+        starts = np.array([sequence.num_computed for sequence in schedule], np.int32)
+        rows = np.array([sequence.row for sequence in schedule], np.intp)
+        samples = np.array([len(sequence.token_ids) for sequence in schedule], np.int32)
+        query_starts = np.zeros(num_seqs + 1, np.int32)
+        np.cumsum(counts, out=query_starts[1:])
+        context_lens = starts + counts
+
+        if len(tokens) == num_seqs:
+            positions, table_rows = starts, rows
+        else:
+            # The position of flat row r of sequence s is starts[s] + r - query_starts[s].
+            flat_rows = np.arange(len(tokens), dtype=np.int32)
+            positions = np.repeat(starts - query_starts[:-1], counts) + flat_rows
+            table_rows = np.repeat(rows, counts)
+        blocks, offsets = np.divmod(positions, np.int32(block_size))
+        slots = self._block_tables[table_rows, blocks] * np.int32(block_size) + offsets
+
+        max_num_blocks = -(-int(context_lens.max()) // block_size)
+        logits_rows = query_starts[1:][context_lens == samples] - 1
+        plan = StepPlan(
+            token_ids=torch.from_numpy(tokens),
+            positions=torch.from_numpy(positions),
+            slot_mapping=torch.from_numpy(slots),
+            query_starts=torch.from_numpy(query_starts),
+            context_lens=torch.from_numpy(context_lens),
+            block_tables=torch.from_numpy(self._block_tables[rows, :max_num_blocks]),
+            logits_rows=torch.from_numpy(logits_rows),
+            copies_out=_copies(copies_out),
+            wiped_blocks=torch.tensor(wiped_blocks, dtype=torch.int32),
+            copies_in=_copies(copies_in),
+        )
+        return plan, sampling
+
+    def _take_tokens(self, schedule: Schedule) -> tuple[npt.NDArray[np.int32], list[Sequence]]:
         tokens = array("I")
         sampling: list[Sequence] = []
         for sequence, num_tokens in schedule.items():
@@ -38,36 +83,7 @@ class StepBuilder:
                 sampling.append(sequence)
             if sequence.block_table_changed:
                 self._copy_block_table(sequence)
-
-        num_seqs = len(schedule)
-        counts = np.fromiter(schedule.values(), np.int32, num_seqs)
-        starts = np.fromiter((s.num_computed for s in schedule), np.int32, num_seqs)
-        rows = np.fromiter((s.row for s in schedule), np.int32, num_seqs)
-        samples = np.fromiter((len(s.token_ids) for s in schedule), np.int32, num_seqs)
-        query_starts = np.zeros(num_seqs + 1, np.int32)
-        np.cumsum(counts, out=query_starts[1:])
-        context_lens = starts + counts
-
-        # The position of flat row r of sequence s is starts[s] + r - query_starts[s].
-        flat_rows = np.arange(len(tokens), dtype=np.int32)
-        positions = np.repeat(starts - query_starts[:-1], counts) + flat_rows
-        table_rows = np.repeat(rows, counts)
-        blocks = self._block_tables[table_rows, positions // self._block_size]
-        slots = blocks * np.int32(self._block_size) + positions % self._block_size
-
-        max_num_blocks = -(-int(context_lens.max()) // self._block_size)
-        logits_rows = query_starts[1:][context_lens == samples] - 1
-        plan = StepPlan(
-            token_ids=_int32(np.frombuffer(tokens, np.uint32)),
-            positions=_int32(positions),
-            slot_mapping=_int32(slots),
-            query_starts=_int32(query_starts),
-            context_lens=_int32(context_lens),
-            block_tables=_int32(self._block_tables[rows, :max_num_blocks]),
-            logits_rows=_int32(logits_rows),
-            wiped_blocks=torch.tensor(wiped_blocks, dtype=torch.int32),
-        )
-        return plan, sampling
+        return np.frombuffer(tokens, np.uint32).astype(np.int32), sampling
 
     def _copy_block_table(self, sequence: Sequence) -> None:
         row = self._block_tables[sequence.row]
@@ -92,5 +108,5 @@ def first_step() -> StepPlan:
     )
 
 
-def _int32(values: npt.NDArray[np.int32] | npt.NDArray[np.uint32]) -> torch.Tensor:
-    return torch.from_numpy(values.astype(np.int32, copy=False))
+def _copies(copies: list[BlockCopy]) -> torch.Tensor:
+    return torch.tensor(copies, dtype=torch.int32) if copies else NO_COPIES

@@ -1,7 +1,8 @@
 """The real model under everything at once that could change its output, against `transformers`.
 
 Requests arrive while others generate, prompts are cut into chunks, all share a prefix, and the pool
-is too small for them, so that sequences are preempted and resume. Still every answer must be the
+is too small for them, so that sequences are preempted and resume: from host memory, or by computing
+again what they had. Still every answer must be the
 reference's greedy one in float32, token by token.
 """
 
@@ -29,6 +30,8 @@ from wire.messages import Assignment
 from wire.sampling import SamplingParams
 
 NUM_NEW_TOKENS = 64
+HOST_CACHE_BYTES = 64 * 2**20
+"""For the runs from the GGUF file, half of all."""
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face. Answer briefly."
 QUESTIONS = [
     "What is the capital of France?",
@@ -85,6 +88,7 @@ def options_for(path: Path) -> RankOptions:
         num_blocks=72,
         max_num_seqs=12,
         max_num_batched_tokens=96,
+        host_cache_bytes=HOST_CACHE_BYTES if path.is_file() else 0,
     )
 
 
@@ -108,6 +112,7 @@ def run_on_two_ranks(path: Path, requests: list[Assignment], folder: Path) -> On
 async def run_ranks(path: Path, requests: list[Assignment]) -> OneRun:
     answers: dict[str, list[int]] = {request.request_id: [] for request in requests}
     waiting = [requests[start : start + 3] for start in range(0, len(requests), 3)]
+    names: dict[int, str] = {}
     num_unfinished = len(requests)
     stats = EngineStats()
     async with open_ranks(options_for(path), 2) as group:
@@ -123,8 +128,12 @@ async def run_ranks(path: Path, requests: list[Assignment]) -> OneRun:
                 await group.send(AddRequests(tuple(waiting.pop(0))))
             for output in frame.outputs:
                 assert output.error is None
+                if output.index is not None:
+                    names[output.index] = output.request_id
                 answers[output.request_id] += output.token_ids
                 num_unfinished -= output.finish_reason is not None
+            for index, token_id in zip(frame.indices, frame.token_ids, strict=True):
+                answers[names[index]].append(token_id)
     return answers, stats
 
 

@@ -17,6 +17,7 @@ from support.engine_fakes import (
     hashing_engine,
     rank_options,
     run_to_end,
+    spelled_out,
     tokens_of,
 )
 from wire.ids import RequestId
@@ -303,7 +304,7 @@ def test_a_higher_fence_replaces_a_request_and_a_lower_or_equal_one_does_not() -
     engine.step()
     engine.add(assignment("r", [1], fence=2))
     engine.add(assignment("r", [1], fence=3))
-    assert {o.fence for o in engine.step().outputs} == {3}
+    assert {o.fence for o in spelled_out(engine, engine.step())} == {3}
     engine.add(assignment("r", [1, 2], fence=4))
     outputs = run_to_end(engine, {0: []})["r"]
     assert {o.fence for o in outputs} == {4}
@@ -348,7 +349,7 @@ def test_a_long_prompt_does_not_stall_those_that_generate() -> None:
     engine.add(assignment("long", range(60), sampling))
     for _ in range(8):
         step = engine.step()
-        assert [output.request_id for output in step.outputs] == ["short"]
+        assert [output.request_id for output in spelled_out(engine, step)] == ["short"]
         assert step.stats.num_step_tokens == 8
 
 
@@ -362,3 +363,46 @@ def test_logprobs_come_with_the_tokens_that_ask_for_them() -> None:
         (logprob,) = output.logprobs
         assert logprob.token_id == output.token_ids[0] == logprob.top_token_ids[0]
         assert logprob.logprob == logprob.top_logprobs[0] >= logprob.top_logprobs[1]
+
+
+# Outputs in columns
+
+
+def test_plain_tokens_come_in_columns_between_a_sequences_first_and_last_output() -> None:
+    engine, _ = hashing_engine()
+    sampling = SamplingParams(temperature=0.0, max_tokens=4)
+    engine.add(assignment("a", PROMPT, sampling))
+    engine.add(assignment("b", [1, 2], sampling))
+    first, *between, last = [engine.step() for _ in range(4)]
+    index_of = {output.index: output.request_id for output in first.outputs}
+    assert set(index_of.values()) == {"a", "b"}
+    answers = {str(output.request_id): list(output.token_ids) for output in first.outputs}
+    for step in between:
+        assert step.outputs == ()
+        for index, token_id in zip(step.indices, step.token_ids, strict=True):
+            answers[index_of[index]].append(token_id)
+    assert not last.indices
+    assert not last.token_ids
+    for output in last.outputs:
+        assert output.finish_reason == "length"
+        answers[output.request_id] += output.token_ids
+    assert answers["a"] == greedy_continuation(PROMPT, 4)
+    assert answers["b"] == greedy_continuation([1, 2], 4)
+
+
+def test_what_asks_for_logprobs_never_comes_in_columns() -> None:
+    engine, _ = hashing_engine()
+    engine.add(assignment("r", PROMPT, SamplingParams(temperature=0.0, max_tokens=3, logprobs=1)))
+    for step in (engine.step() for _ in range(3)):
+        assert len(step.outputs) == 1
+        assert not step.indices
+
+
+def test_a_request_that_replaces_another_has_an_index_of_its_own() -> None:
+    engine, _ = hashing_engine()
+    indices = []
+    for fence in (1, 2):
+        engine.add(assignment("r", PROMPT, fence=fence))
+        indices += [output.index for output in engine.step().outputs]
+    assert len(set(indices)) == 2
+    assert None not in indices

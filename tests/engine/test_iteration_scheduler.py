@@ -6,45 +6,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from cache.block_pool import BlockPool
-from cache.prefix_hash import PrefixHasher
-from gpu_worker.engine.iteration_scheduler import IterationScheduler
 from gpu_worker.engine.sequence import Sequence
-from support.engine_fakes import assignment
-
-BLOCK_SIZE = 4
-HASHER = PrefixHasher(model="m", cache_format="f", salt=b"", block_size=BLOCK_SIZE)
-
-
-def sequence(name: str, num_prompt_tokens: int, *, first_token: int = 0) -> Sequence:
-    return Sequence(
-        assignment(name, range(first_token, first_token + num_prompt_tokens)),
-        seed=0,
-        stop_token_ids=frozenset(),
-        max_num_tokens=1000,
-        hasher=HASHER,
-    )
-
-
-def scheduler(
-    *, num_blocks: int = 100, max_num_seqs: int = 8, budget: int = 16, caching: bool = True
-) -> IterationScheduler:
-    return IterationScheduler(
-        BlockPool(num_blocks, BLOCK_SIZE),
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=budget,
-        prefix_caching=caching,
-    )
-
-
-def step(of: IterationScheduler) -> dict[str, int]:
-    """One step in which every sequence that is complete gets a token; what ran, by name."""
-    schedule = of.schedule()
-    of.complete(schedule)
-    for seq in schedule:
-        if seq.num_uncomputed == 0:
-            seq.append(0)
-    return {seq.request_id: num_tokens for seq, num_tokens in schedule.items()}
+from support.scheduler_fakes import BLOCK_SIZE, eager_host, scheduler, sequence, step
 
 
 def test_a_prompt_is_cut_to_the_budget_and_the_rest_follows() -> None:
@@ -85,7 +48,7 @@ def test_a_sequence_that_does_not_fit_is_not_overtaken() -> None:
 
 
 def test_the_youngest_is_preempted_and_resumes_before_all_that_wait() -> None:
-    one = scheduler(num_blocks=4, caching=False)
+    one = scheduler(num_blocks=5, caching=False)
     for name in ("old", "young"):
         one.add(sequence(name, 8))
     step(one)
@@ -94,6 +57,19 @@ def test_the_youngest_is_preempted_and_resumes_before_all_that_wait() -> None:
     assert [seq.request_id for seq in one.waiting] == ["young", "later"]
     one.remove(one.running[0])
     assert step(one) == {"young": 9, "later": 1}
+
+
+def test_admission_leaves_a_block_to_each_one_that_runs() -> None:
+    one = scheduler(num_blocks=6, caching=False)
+    for name in ("a", "b", "c"):
+        one.add(sequence(name, 4))
+    # Each needs one block, and a second one soon.
+    assert list(step(one)) == ["a", "b", "c"]
+    one.add(sequence("d", 4))
+    assert list(step(one)) == ["a", "b", "c"]
+    assert one.num_preemptions == 0
+    one.remove(one.running[0])
+    assert list(step(one)) == ["b", "c"], "its two blocks are those that the others may need"
 
 
 def test_a_preempted_sequence_finds_what_is_left_of_its_blocks() -> None:
@@ -108,46 +84,65 @@ def test_a_preempted_sequence_finds_what_is_left_of_its_blocks() -> None:
 
 
 class RandomTraffic(RuleBasedStateMachine):
-    """Sequences come, run, end and are aborted in any order, in a pool often too small for them."""
+    """Sequences come, run, end and are aborted in any order, in a pool often too small for them.
+
+    They share prefixes of many lengths, and some of what is preempted finds room in host memory.
+    """
+
+    MAX_TOKENS = 12 * BLOCK_SIZE
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = scheduler(num_blocks=12, max_num_seqs=4, budget=10)
-        self.arrival: dict[Sequence, int] = {}
+        self.host = eager_host(num_slots=5)
+        self.scheduler = scheduler(num_blocks=12, max_num_seqs=4, budget=10, host=self.host)
         self.alive: list[Sequence] = []
 
     @rule(num_tokens=st.integers(1, 30), stem=st.integers(0, 1))
     def arrive(self, num_tokens: int, stem: int) -> None:
-        seq = sequence(f"s{len(self.arrival)}", num_tokens, first_token=stem)
-        self.arrival[seq] = len(self.arrival)
+        seq = sequence("s", num_tokens, first_token=stem)
         self.alive.append(seq)
         self.scheduler.add(seq)
 
     @precondition(lambda self: self.alive)
     @rule(end_probability=st.floats(0, 1), choose=st.randoms(use_true_random=False))
     def run(self, end_probability: float, choose: random.Random) -> None:
-        oldest = self.alive[0]
-        before = oldest.num_computed
         schedule = self.scheduler.schedule()
         assert 0 < sum(schedule.values()) <= 10
-        assert oldest in schedule or oldest.num_uncomputed > 0
         for seq, num_tokens in schedule.items():
             assert seq.row is not None
             room = len(seq.block_table) * BLOCK_SIZE
             assert 0 < num_tokens <= seq.num_uncomputed
             assert seq.num_computed + num_tokens <= room
+        assert self.scheduler.running[0] in schedule, "the oldest that runs always gets on"
+        if not self.scheduler.copies_in:  # what comes back from host memory waits for nobody
+            blocks = [
+                block_hash
+                for seq in schedule
+                for block_hash in seq.block_hashes[
+                    seq.num_computed // BLOCK_SIZE : (seq.num_tokens - 1) // BLOCK_SIZE
+                ]
+            ]
+            assert len(set(blocks)) == len(blocks), "no block is computed twice"
+        self.scheduler.copies_out.clear()
+        self.scheduler.copies_in.clear()
         self.scheduler.complete(schedule)
-        assert oldest.num_computed > before, "the oldest always gets on: nothing starves"
         for seq in schedule:
             if seq.num_uncomputed == 0:
                 seq.append(seq.num_tokens % 2)
-                if choose.random() < end_probability or seq.num_tokens >= 12 * BLOCK_SIZE:
+                if choose.random() < end_probability or seq.num_tokens >= self.MAX_TOKENS:
                     self.remove(seq)
 
     @precondition(lambda self: self.alive)
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
         self.remove(data.draw(st.sampled_from(self.alive)))
+
+    @precondition(lambda self: self.scheduler.running)
+    @rule(data=st.data())
+    def fail(self, data: st.DataObject) -> None:
+        seq = data.draw(st.sampled_from(self.scheduler.running))
+        self.alive.remove(seq)
+        self.scheduler.discard(seq)
 
     def remove(self, seq: Sequence) -> None:
         self.alive.remove(seq)
@@ -157,12 +152,25 @@ class RandomTraffic(RuleBasedStateMachine):
     @invariant()
     def nothing_leaks(self) -> None:
         self.scheduler.pool.check_integrity(seq.block_table for seq in self.alive)
-        queued = [*self.scheduler.running, *self.scheduler.waiting]
-        assert queued == sorted(self.alive, key=self.arrival.__getitem__)
-        rows = [seq.row for seq in self.scheduler.running]
+        running, waiting = self.scheduler.running, self.scheduler.waiting
+        for queue in (running, waiting):
+            assert queue == sorted(queue, key=lambda seq: seq.index)
+        assert {*running, *waiting} == set(self.alive)
+        rows = [seq.row for seq in running]
         assert len(set(rows)) == len(rows) <= 4
         assert all(row in range(4) for row in rows)
-        assert all(seq.row is None for seq in self.scheduler.waiting)
+        assert all(seq.row is None for seq in waiting)
+        num_saved = sum(len(seq.saved.slots) for seq in self.alive if seq.saved is not None)
+        assert num_saved + self.host.num_free == self.host.num_slots
+
+    def teardown(self) -> None:
+        """Whatever has happened, all that are left get to their end: nobody waits forever."""
+        choose = random.Random(0)
+        for _ in range(len(self.alive) * (self.MAX_TOKENS + 30)):
+            if self.alive:
+                self.run(0.1, choose)
+        assert not self.alive
+        self.nothing_leaks()
 
 
 TestRandomTraffic = RandomTraffic.TestCase

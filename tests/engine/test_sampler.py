@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +15,7 @@ from gpu_worker.engine.random_numbers import seed_to_uint64, uniforms
 from gpu_worker.engine.sampler import Sampler
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.engine.token_filters import draw
+from gpu_worker.kernels.library import isa
 from support.engine_fakes import assignment
 from wire.sampling import SamplingParams
 
@@ -46,8 +49,21 @@ PARAMS = [
 ]
 
 
+class MakeSampler(Protocol):
+    def __call__(self, *, max_num_seqs: int, vocab_size: int) -> Sampler: ...
+
+
+@pytest.fixture(params=["torch", "kernels"])
+def make_sampler(request: pytest.FixtureRequest) -> MakeSampler:
+    use_kernels = request.param == "kernels"
+    if use_kernels and isa() is None:
+        pytest.skip("there are no kernels for this machine")
+    return partial(Sampler, use_kernels=use_kernels)
+
+
 def running(params: SamplingParams, row: int, generated: tuple[int, ...] = ()) -> Sequence:
     sequence = Sequence(
+        row,
         assignment(f"r{row}", [1, 2, 3, 2], params, generated=generated),
         seed=seed_to_uint64(params.seed),
         stop_token_ids=frozenset({EOS, *params.stop_token_ids}),
@@ -91,8 +107,8 @@ def slow_sample(logits: npt.NDArray[np.float64], sequence: Sequence) -> int:
     return int(np.argmax(cumulative > share))
 
 
-def test_a_batch_samples_what_a_slow_row_by_row_reference_does() -> None:
-    sampler = Sampler(max_num_seqs=len(PARAMS), vocab_size=VOCAB_SIZE)
+def test_a_batch_samples_what_a_slow_row_by_row_reference_does(make_sampler: MakeSampler) -> None:
+    sampler = make_sampler(max_num_seqs=len(PARAMS), vocab_size=VOCAB_SIZE)
     sequences = [running(params, row) for row, params in enumerate(PARAMS)]
     for step in range(12):
         logits = random_logits(len(PARAMS), step)
@@ -106,20 +122,36 @@ def test_a_batch_samples_what_a_slow_row_by_row_reference_does() -> None:
             sequence.append(token_id)
 
 
-def test_a_row_does_not_depend_on_its_neighbours() -> None:
+def test_a_row_does_not_depend_on_its_neighbours(make_sampler: MakeSampler) -> None:
     logits = random_logits(len(PARAMS))
-    together = Sampler(max_num_seqs=len(PARAMS), vocab_size=VOCAB_SIZE)
+    together = make_sampler(max_num_seqs=len(PARAMS), vocab_size=VOCAB_SIZE)
     sequences = [running(params, row) for row, params in enumerate(PARAMS)]
     expected = together.sample(logits.clone(), sequences).token_ids
     for i, params in enumerate(PARAMS):
-        alone = Sampler(max_num_seqs=1, vocab_size=VOCAB_SIZE)
+        alone = make_sampler(max_num_seqs=1, vocab_size=VOCAB_SIZE)
         assert alone.sample(logits[i : i + 1].clone(), [running(params, 0)]).token_ids == [
             expected[i]
         ]
 
 
-def test_a_row_that_changes_hands_takes_the_new_ones_parameters() -> None:
-    sampler = Sampler(max_num_seqs=1, vocab_size=VOCAB_SIZE)
+def test_kernels_and_torch_draw_the_same_from_a_large_vocabulary() -> None:
+    if isa() is None:
+        pytest.skip("there are no kernels for this machine")
+    generator = torch.Generator().manual_seed(4)
+    shapes = torch.tensor([0.01, 1.0, 4.0]).repeat(len(PARAMS))[: len(PARAMS)]  # flat to peaked
+    logits = torch.randn(len(PARAMS), 49_155, generator=generator) * shapes[:, None]
+    sequences = [running(params, row) for row, params in enumerate(PARAMS)]
+    by_torch, by_kernels = (
+        Sampler(max_num_seqs=len(PARAMS), vocab_size=49_155, use_kernels=use_kernels).sample(
+            logits.clone(), sequences
+        )
+        for use_kernels in (False, True)
+    )
+    assert by_torch == by_kernels
+
+
+def test_a_row_that_changes_hands_takes_the_new_ones_parameters(make_sampler: MakeSampler) -> None:
+    sampler = make_sampler(max_num_seqs=1, vocab_size=VOCAB_SIZE)
     logits = random_logits(1)
     sampler.sample(logits.clone(), [running(SamplingParams(seed=1, logprobs=3), 0)])
     greedy = sampler.sample(logits.clone(), [running(GREEDY, 0)])
@@ -138,10 +170,10 @@ def test_a_row_that_changes_hands_takes_the_new_ones_parameters() -> None:
     ],
 )
 def test_tokens_come_as_often_as_their_probability_says(
-    params: SamplingParams, kept: list[float]
+    make_sampler: MakeSampler, params: SamplingParams, kept: list[float]
 ) -> None:
     num_draws = 10_000
-    sampler = Sampler(max_num_seqs=num_draws, vocab_size=4)
+    sampler = make_sampler(max_num_seqs=num_draws, vocab_size=4)
     sequences = [running(replace(params, seed=row), row) for row in range(num_draws)]
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().repeat(num_draws, 1)
     drawn = Counter(sampler.sample(logits, sequences).token_ids)
@@ -152,16 +184,20 @@ def test_tokens_come_as_often_as_their_probability_says(
         assert abs(drawn[token_id] / num_draws - probability) <= tolerance
 
 
-def test_tokens_that_tie_with_the_last_one_kept_are_kept_whatever_the_order() -> None:
+def test_tokens_that_tie_with_the_last_one_kept_are_kept_whatever_the_order(
+    make_sampler: MakeSampler,
+) -> None:
     num_draws = 200
-    sampler = Sampler(max_num_seqs=num_draws, vocab_size=8)
+    sampler = make_sampler(max_num_seqs=num_draws, vocab_size=8)
     sequences = [running(SamplingParams(seed=row, top_k=2), row) for row in range(num_draws)]
     logits = torch.tensor([0.0, 1, 1, 1, 0, 0, 0, 0]).repeat(num_draws, 1)
     assert set(sampler.sample(logits, sequences).token_ids) == {1, 2, 3}
 
 
-def test_logprobs_are_the_models_own_before_penalties_and_temperature() -> None:
-    sampler = Sampler(max_num_seqs=3, vocab_size=VOCAB_SIZE)
+def test_logprobs_are_the_models_own_before_penalties_and_temperature(
+    make_sampler: MakeSampler,
+) -> None:
+    sampler = make_sampler(max_num_seqs=3, vocab_size=VOCAB_SIZE)
     logits = random_logits(3)
     expected = logits.double().log_softmax(1)
     sequences = [
@@ -186,11 +222,11 @@ def test_logprobs_are_the_models_own_before_penalties_and_temperature() -> None:
 @pytest.mark.parametrize("bad", ["a NaN", "an infinity", "nothing"])
 @pytest.mark.parametrize("params", [[GREEDY], PARAMS, [replace(GREEDY, logprobs=2)], [PARAMS[3]]])
 def test_a_row_that_is_not_finite_gives_no_token_and_changes_no_other(
-    params: list[SamplingParams], bad: str
+    make_sampler: MakeSampler, params: list[SamplingParams], bad: str
 ) -> None:
     """In greedy, drawn and mixed batches; every row but the odd ones is as it should be."""
     params = (params * 6)[: max(6, len(params))]
-    sampler = Sampler(max_num_seqs=len(params), vocab_size=VOCAB_SIZE)
+    sampler = make_sampler(max_num_seqs=len(params), vocab_size=VOCAB_SIZE)
     sequences = [running(each, row) for row, each in enumerate(params)]
     logits = random_logits(len(params))
     expected = sampler.sample(logits.clone(), sequences)
@@ -209,8 +245,8 @@ def test_a_row_that_is_not_finite_gives_no_token_and_changes_no_other(
         assert found.logprobs[::2] == expected.logprobs[::2]
 
 
-def test_a_token_that_is_impossible_is_no_fault() -> None:
-    sampler = Sampler(max_num_seqs=2, vocab_size=VOCAB_SIZE)
+def test_a_token_that_is_impossible_is_no_fault(make_sampler: MakeSampler) -> None:
+    sampler = make_sampler(max_num_seqs=2, vocab_size=VOCAB_SIZE)
     logits = random_logits(2)
     logits[:, ::2] = -torch.inf
     for token_id in sampler.sample(logits, [running(p, i) for i, p in enumerate(PARAMS[2:4])])[0]:
@@ -218,9 +254,9 @@ def test_a_token_that_is_impossible_is_no_fault() -> None:
         assert token_id % 2 == 1
 
 
-def test_the_vocabulary_may_have_any_size() -> None:
+def test_the_vocabulary_may_have_any_size(make_sampler: MakeSampler) -> None:
     for vocab_size in (2, 127, 128, 129, 400):
-        sampler = Sampler(max_num_seqs=64, vocab_size=vocab_size)
+        sampler = make_sampler(max_num_seqs=64, vocab_size=vocab_size)
         sequences = [running(SamplingParams(seed=row, top_p=0.99), row) for row in range(64)]
         logits = torch.full((64, vocab_size), -50.0)
         logits[:, -1] = 0.0

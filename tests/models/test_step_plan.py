@@ -29,7 +29,9 @@ def plans(draw: st.DrawFn) -> StepPlan:
         context_lens=integers(len(lengths)),
         block_tables=integers(len(lengths), num_blocks),
         logits_rows=integers(draw(st.integers(0, 3))),
+        copies_out=integers(draw(st.integers(0, 2)), 2),
         wiped_blocks=integers(draw(st.integers(0, 2))),
+        copies_in=integers(draw(st.integers(0, 2)), 2),
     )
 
 
@@ -47,6 +49,6 @@ def test_unpack_undoes_pack(plan: StepPlan) -> None:
 
 
 def test_a_truncated_plan_is_an_error() -> None:
-    packed = torch.tensor([3, 1, 1, 1, 0, 7, 7], dtype=torch.int32)
+    packed = torch.tensor([3, 1, 1, 1, 0, 0, 0, 7, 7], dtype=torch.int32)
     with pytest.raises(RuntimeError, match="split"):
         StepPlan.unpack(packed)

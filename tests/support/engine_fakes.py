@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gpu_worker.engine.engine import Engine, EngineModel
 from gpu_worker.rank_options import RankOptions
-from gpu_worker.rank_protocol import SequenceOutput
+from gpu_worker.rank_protocol import SequenceOutput, StepOutput
 from gpu_worker.step_plan import StepPlan
 from wire.ids import RequestId, token_ids
 from wire.messages import Assignment
@@ -41,19 +41,29 @@ class HashingRunner:
     """Keeps token ids where a model keeps keys and values, and hashes what attention would see.
 
     So a wrong slot, a stale block or a wrong block table changes the output. It also checks that
-    no sequence writes into a block that another one reads or writes in the same step.
+    no sequence writes into a block that another one reads or writes in the same step. Blocks are
+    wiped and copied to host memory and back as the plan says.
     """
 
-    def __init__(self, *, num_blocks: int, block_size: int, vocab_size: int = VOCAB_SIZE) -> None:
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        vocab_size: int = VOCAB_SIZE,
+        num_host_blocks: int = 0,
+    ) -> None:
         self.num_steps = 0
         self.num_computed_tokens = 0
         self._block_size = block_size
         self._vocab_size = vocab_size
         self._slots = np.full(num_blocks * block_size, NO_TOKEN, np.int32)
+        self._host = np.full((num_host_blocks, block_size), NO_TOKEN, np.int32)
 
     def execute(self, plan: StepPlan) -> Tensor:
         self.num_steps += 1
         self.num_computed_tokens += plan.num_tokens
+        self._prepare(plan)
         self._check_disjoint(plan)
         self._slots[plan.slot_mapping.numpy()] = plan.token_ids.numpy()
         last_rows = plan.query_starts[1:] - 1
@@ -64,6 +74,15 @@ class HashingRunner:
         }
         rows = [logits[int(row)] for row in plan.logits_rows]
         return torch.from_numpy(np.array(rows).reshape(len(rows), self._vocab_size))
+
+    def _prepare(self, plan: StepPlan) -> None:
+        blocks = self._slots.reshape(-1, self._block_size)
+        for block_id, slot in plan.copies_out.tolist():
+            self._host[slot] = blocks[block_id]
+        blocks[plan.wiped_blocks.numpy()] = NO_TOKEN
+        for block_id, slot in plan.copies_in.tolist():
+            blocks[block_id] = self._host[slot]
+            self._host[slot] = NO_TOKEN
 
     def _context(self, plan: StepPlan, i: int) -> npt.NDArray[np.int32]:
         positions = np.arange(int(plan.context_lens[i]))
@@ -93,6 +112,7 @@ def rank_options(
     max_num_seqs: int = 8,
     max_num_batched_tokens: int = 32,
     prefix_caching: bool = True,
+    host_cache_bytes: int = 0,
     stub_step_s: float = 0.0,
     progress_interval_s: float = 1.0,
 ) -> RankOptions:
@@ -100,8 +120,11 @@ def rank_options(
         model_path=model_path,
         model_name="model",
         dtype="float32",
+        quantization="none",
+        cpu_isa="auto",
         block_size=block_size,
         kv_cache_bytes=None,
+        host_cache_bytes=host_cache_bytes,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
@@ -122,10 +145,21 @@ def hashing_engine(
     max_model_len: int = 512,
     eos_token_ids: tuple[int, ...] = (),
     options: RankOptions | None = None,
+    num_host_blocks: int = 0,
 ) -> tuple[Engine, HashingRunner]:
+    """An engine over a `HashingRunner`; copying a block to host memory is said to cost nothing."""
     options = options or rank_options()
-    runner = HashingRunner(num_blocks=num_blocks, block_size=options.block_size)
-    model = EngineModel(VOCAB_SIZE, max_model_len, eos_token_ids, num_blocks, "fake")
+    runner = HashingRunner(
+        num_blocks=num_blocks, block_size=options.block_size, num_host_blocks=num_host_blocks
+    )
+    model = EngineModel(
+        VOCAB_SIZE,
+        max_model_len,
+        eos_token_ids,
+        num_blocks,
+        "fake",
+        num_host_blocks=num_host_blocks,
+    )
     return Engine(runner, model, options), runner
 
 
@@ -160,11 +194,27 @@ def run_to_end(
             engine.add(arriving)
         if step >= last_arrival and not engine.has_work:
             break
-        for output in engine.step().outputs:
+        for output in spelled_out(engine, engine.step()):
             outputs.setdefault(output.request_id, []).append(output)
         engine.check_integrity()
     assert not engine.has_work, f"still busy after {max_steps} steps"
     return outputs
+
+
+def spelled_out(engine: Engine, step: StepOutput) -> list[SequenceOutput]:
+    """All outputs of the engine's latest step, with an object also for what came in columns."""
+    going_on = {sequence.index: sequence for sequence in engine._sequences.values()}
+    columns = [
+        SequenceOutput(
+            request_id=going_on[index].request_id,
+            fence=going_on[index].assignment.fence,
+            token_ids=token_ids((token_id,)),
+            num_prompt_tokens=going_on[index].num_prompt_tokens,
+            num_cached_tokens=going_on[index].num_cached_tokens or 0,
+        )
+        for index, token_id in zip(step.indices, step.token_ids, strict=True)
+    ]
+    return [*step.outputs, *columns]
 
 
 def tokens_of(outputs: Iterable[SequenceOutput]) -> list[int]:
