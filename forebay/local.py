@@ -155,9 +155,10 @@ def _programs(settings: LocalSettings, worker_flags: Mapping[str, object]) -> di
         flags.setdefault("threads", workers.threads or max(1, (os.cpu_count() or 1) // ranks))
     arguments = [part for name in flags for part in (flag(WorkerSettings, name), str(flags[name]))]
     names = ["worker"] if settings.groups == 1 else [f"worker-{i}" for i in range(settings.groups)]
+    # Workers first: they take longest to start.
     return {
-        "scheduler": [*python, "scheduler"],
         **{name: [*python, "gpu_worker", *arguments] for name in names},
+        "scheduler": [*python, "scheduler"],
     }
 
 

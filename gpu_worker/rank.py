@@ -32,6 +32,7 @@ from typing import Protocol
 import structlog
 
 from gpu_worker.layer_progress import LayerCounter, ProgressReporter
+from gpu_worker.quick_imports import quick_imports
 from gpu_worker.rank_options import STUB_MODEL_PATH, RankOptions
 from gpu_worker.rank_protocol import (
     AbortRequests,
@@ -101,8 +102,9 @@ def lead(channel: RankChannel, size: int, rendezvous: Path, options: RankOptions
         _serve_when_ready(channel, StubEngine(options, layers), reporter, started_s)
         return
 
-    # Not at the top: the stub runs without torch, which takes seconds to load.
-    from gpu_worker.engine.sharded import ShardedEngine
+    # Not at the top: the stub runs without torch, which takes a second to load.
+    with quick_imports():
+        from gpu_worker.engine.sharded import ShardedEngine
 
     with ShardedEngine(size, rendezvous, options, layers) as engine:
         _serve_when_ready(channel, engine, reporter, started_s)
@@ -139,7 +141,8 @@ def main(argv: list[str] | None = None) -> int:
                 lambda: lead(channel, arguments.size, arguments.rendezvous, options), channel
             )
 
-    from gpu_worker.engine.sharded import follow
+    with quick_imports():
+        from gpu_worker.engine.sharded import follow
 
     return _run(lambda: follow(arguments.rank, arguments.size, arguments.rendezvous, options), None)
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 import socket
-import tempfile
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import structlog
 
 from gpu_worker.rank_options import RankOptions, rank_command
 from gpu_worker.rank_protocol import FromRank, RankConnection, RankError, RankReady, Stop, ToRank
+from service.folders import temporary_folder
+from service.settings import variable
 from wire.errors import ConfigError, ForebayError, ModelError, WireError
 
 log = structlog.get_logger(__name__)
@@ -188,8 +187,7 @@ async def open_ranks(options: RankOptions, size: int) -> AsyncIterator[RankGroup
 async def _start(options: RankOptions, size: int, stack: contextlib.AsyncExitStack) -> RankGroup:
     """Start the ranks; `stack` cleans up what is left of them, started or half started."""
     # Private: whoever can write the rendezvous file can join the group.
-    folder = Path(tempfile.mkdtemp(prefix="forebay-ranks-"))
-    stack.callback(shutil.rmtree, folder, ignore_errors=True)
+    folder = stack.enter_context(temporary_folder("forebay-ranks-"))
     ours, theirs = socket.socketpair()
     stack.callback(ours.close)
     processes: list[asyncio.subprocess.Process] = []
@@ -208,7 +206,7 @@ async def _start(options: RankOptions, size: int, stack: contextlib.AsyncExitSta
                 await asyncio.create_subprocess_exec(
                     *command,
                     stdin=asyncio.subprocess.DEVNULL,
-                    env=_rank_environment(),
+                    env=_rank_environment(options),
                     pass_fds=() if inherited is None else (inherited,),
                 )
             )
@@ -223,13 +221,14 @@ async def _end_all(processes: list[asyncio.subprocess.Process]) -> None:
             await process.wait()
 
 
-def _rank_environment() -> dict[str, str]:
-    """Ours, with torch's threads told to spin only shortly while they wait for each other.
+def _rank_environment(options: RankOptions) -> dict[str, str]:
+    """Ours, with the bound of the CPU kernels, and torch's threads told to spin only shortly.
 
     On an idle machine spinning is faster than sleeping; on a busy one it takes the core away from
     the very thread that is waited for (docs/LOG.md has the figures). It must be set before torch is
     loaded; what the user has set stays.
     """
-    if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
-        return dict(os.environ)
-    return {**os.environ, "GOMP_SPINCOUNT": str(SPIN_COUNT)}
+    environment = {**os.environ, variable("cpu_isa"): options.cpu_isa}
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        environment["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
+    return environment

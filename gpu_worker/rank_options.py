@@ -6,12 +6,19 @@ import json
 import os
 import sys
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
-from service.settings import LogFormat, LogLevel
 from wire.errors import ConfigError
 
+if TYPE_CHECKING:
+    # Not for ranks: the library behind the settings takes a tenth of a second to import.
+    from service.settings import LogFormat, LogLevel, Quantization
+
 STUB_MODEL_PATH = "stub:"
-"""In place of a model's path: run the stub engine, which needs neither a model nor torch."""
+"""In place of a model's path: run the stub engine, which needs neither a model nor torch.
+
+Users write `stub:`, or `stub:5ms` for steps of 5 ms, which become `RankOptions.stub_step_s`.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,22 +26,28 @@ class RankOptions:
     """What every rank of a group must know before it starts; given on its command line as JSON.
 
     What a worker's settings hold has no default here. `model_path` may be STUB_MODEL_PATH.
-    `model_name` salts the prefix hashes. `dtype` is a torch dtype's name, or "auto". The KV-cache
-    has `num_blocks` blocks, else as many as `kv_cache_bytes` (per rank) hold, else what the rank
-    finds fit. `max_model_len` None takes the model's own. `max_num_batched_tokens` bounds one
-    step's tokens over all sequences. `num_threads` None shares the cores among the ranks.
-    `collective_timeout_s` bounds each exchange between ranks. Every `progress_interval_s` rank 0
-    reports the progress of a long step. `stub_step_s` is how long one of the stub engine takes.
+    `model_name` salts the prefix hashes. `dtype` is a torch dtype's name, or "auto"; `quantization`
+    is of the weights. `cpu_isa` bounds what CPU kernels use, and reaches the ranks through their
+    environment. The KV-cache has `num_blocks` blocks, else as many as `kv_cache_bytes` (per
+    rank) hold, else what the rank finds fit; preempted requests' blocks have `host_cache_bytes`
+    (per rank) of host memory, or what the rank finds fit. `max_model_len` None takes the model's
+    own. `max_num_batched_tokens` bounds one step's tokens over all sequences; None takes what suits
+    the device. `num_threads` None shares the cores among the ranks. `collective_timeout_s` bounds
+    each exchange between ranks. Every `progress_interval_s` rank 0 reports the progress of a long
+    step. `stub_step_s` is how long one of the stub engine takes.
     """
 
     model_path: str
     model_name: str
     dtype: str
+    quantization: Quantization
+    cpu_isa: str
     block_size: int
     kv_cache_bytes: int | None
+    host_cache_bytes: int | None
     max_model_len: int | None
     max_num_seqs: int
-    max_num_batched_tokens: int
+    max_num_batched_tokens: int | None
     num_threads: int | None
     collective_timeout_s: float
     progress_interval_s: float

@@ -18,7 +18,7 @@ import structlog
 
 from gpu_worker.rank_group import RankGroup, RankLost
 from gpu_worker.restarts import RestartPolicy
-from service.resilience import sleep_unless
+from service.lifecycle import unless_stopped
 
 log = structlog.get_logger(__name__)
 
@@ -58,4 +58,4 @@ async def supervise(
                 num_restarts=policy.num_restarts,
                 restart_in_s=delay_s,
             )
-        await sleep_unless(stop, delay_s)
+        await unless_stopped(asyncio.sleep(delay_s), stop)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeAlias
@@ -39,7 +40,11 @@ Name: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z
 """A name that becomes a part of Redis keys: no colon, brace or space in it."""
 
 
+Quantization: TypeAlias = Literal["none", "int8", "int4"]
+"""How weights are narrowed as they are loaded."""
+
 _REDIS_SCHEMES = ("redis", "rediss", "unix")
+_STUB_MODEL = re.compile(r"stub:(?:(?P<step_ms>\d{1,6}(?:\.\d{1,3})?)ms)?")
 
 
 class CommonSettings(BaseSettings):
@@ -119,7 +124,7 @@ class FleetSettings(CommonSettings):
     )
     max_crashes: PositiveInt = Field(
         default=3,
-        description="Crashes of its group after which a request fails, if it was alone there.",
+        description="With so many crashes of its group a request fails, if alone in the last.",
     )
 
 
@@ -138,8 +143,8 @@ class SchedulerSettings(FleetSettings):
     window: PositiveInt = Field(
         default=4096, description="Requests read ahead of the groups' credits, at most."
     )
-    max_errors: Annotated[int, Field(ge=0)] = Field(
-        default=3, description="Errors after which a request is tried again, at most."
+    max_errors: PositiveInt = Field(
+        default=3, description="With so many attempts that ended in an error a request fails."
     )
     retry_delay_ms: PositiveInt = Field(
         default=500,
@@ -155,7 +160,8 @@ class WorkerSettings(FleetSettings):
 
     model: str = Field(
         min_length=1,
-        description="A safetensors directory, a GGUF file, or stub: for an engine without a model.",
+        description="A safetensors directory, a GGUF file, or stub: for an engine without a model "
+        "(stub:5ms is one whose steps take 5 ms).",
     )
     served_model_name: str | None = Field(
         default=None,
@@ -169,13 +175,27 @@ class WorkerSettings(FleetSettings):
         default=None, description="This group's name in the fleet; generated if not given."
     )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
-        default="auto", description="What weights are held and computed in."
+        default="auto",
+        description="What weights and the KV-cache are held in; auto is what this machine is "
+        "fastest with.",
+    )
+    quantization: Quantization = Field(
+        default="none",
+        description="Weights in fewer bits, quantized as they are loaded. int8 is faster and "
+        "nearly as good; int4 is for files that are of 4 bits already, and keeps them small.",
+    )
+    cpu_isa: Literal["auto", "amx", "avx512", "torch"] = Field(
+        default="auto",
+        description="What the CPU kernels may use of the processor, at most; torch is to do "
+        "without them.",
     )
     max_num_seqs: PositiveInt = Field(
-        default=64, description="Sequences that the engine runs at a time, at most."
+        default=128, description="Sequences that the engine runs at a time, at most."
     )
-    max_num_batched_tokens: PositiveInt = Field(
-        default=1024, description="Tokens in one engine step, at most."
+    max_num_batched_tokens: PositiveInt | None = Field(
+        default=None,
+        description="Tokens in one engine step, at most; 1024 on the CPU and 8192 on a GPU if not "
+        "given.",
     )
     max_model_len: PositiveInt | None = Field(
         default=None,
@@ -188,6 +208,12 @@ class WorkerSettings(FleetSettings):
         default=None,
         description="Memory of the KV-cache per rank, such as 512MiB; chosen by the engine if not "
         "given.",
+        json_schema_extra={"metavar": "SIZE"},
+    )
+    host_cache_bytes: Annotated[ByteSize, Field(ge=0)] | None = Field(
+        default=None,
+        description="Host memory per rank for the KV-cache of preempted requests; if not given, up "
+        "to 4 GiB for a GPU, and none on the CPU, where the KV-cache itself makes more of it.",
         json_schema_extra={"metavar": "SIZE"},
     )
     heartbeat_ms: Annotated[int, Field(ge=10)] = Field(
@@ -226,10 +252,25 @@ class WorkerSettings(FleetSettings):
             )
         return heartbeat_ms
 
+    @field_validator("model")
+    @classmethod
+    def _check_stub(cls, model: str) -> str:
+        if model.startswith("stub:") and not _STUB_MODEL.fullmatch(model):
+            raise ValueError(
+                "the stub engine is stub:, or with the time that each of its steps takes stub:5ms"
+            )
+        return model
+
     @property
     def model_path(self) -> Path | None:
         """The model's file or directory, None for the stub engine."""
         return None if self.model.startswith("stub:") else Path(self.model).expanduser()
+
+    @property
+    def stub_step_s(self) -> float:
+        """How long a step of the stub engine takes."""
+        stub = _STUB_MODEL.fullmatch(self.model)
+        return float(stub["step_ms"] or 0) / 1000 if stub else 0.0
 
 
 class LocalSettings(QueueSettings):

@@ -16,6 +16,8 @@ _ENGINE_FIELDS = (
     "served_model_name",
     "tensor_parallel_size",
     "dtype",
+    "quantization",
+    "cpu_isa",
     "max_num_seqs",
     "max_num_batched_tokens",
     "max_model_len",

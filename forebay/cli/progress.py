@@ -6,9 +6,9 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, TextIO
 
-from tqdm import tqdm
-
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from producer.batch import BatchSummary, RowFailure
 
 _LINE_EVERY_S = 5.0
@@ -22,21 +22,7 @@ class Progress:
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = sys.stderr if stream is None else stream
         self._num_failures = 0
-        # tqdm's monitor is a thread that wakes bars which nobody updates; ours can wait.
-        tqdm.monitor_interval = 0
-        on_terminal = self._stream.isatty()
-        self._bar: tqdm[Any] | None = (
-            tqdm(
-                unit="req",
-                file=self._stream,
-                dynamic_ncols=True,
-                desc="loading",
-                leave=False,
-                mininterval=_BAR_EVERY_S,
-            )
-            if on_terminal
-            else None
-        )
+        self._bar = _bar(self._stream) if self._stream.isatty() else None
         self._started_s = self._last_line_s = time.monotonic()
         self._num_resumed = 0
         self._estimated_rows: int | None = None
@@ -112,6 +98,22 @@ class Progress:
             self._bar.write(line, file=self._stream)
         else:
             print(line, file=self._stream, flush=True)
+
+
+def _bar(terminal: TextIO) -> tqdm[Any]:
+    # Imported late: most runs have no terminal, and nobody waits for the bar before they start.
+    from tqdm import tqdm
+
+    # tqdm's monitor is a thread that wakes bars which nobody updates; ours can wait.
+    tqdm.monitor_interval = 0
+    return tqdm(
+        unit="req",
+        file=terminal,
+        dynamic_ncols=True,
+        desc="loading",
+        leave=False,
+        mininterval=_BAR_EVERY_S,
+    )
 
 
 def summary_lines(summary: BatchSummary) -> list[str]:

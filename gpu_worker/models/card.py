@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gpu_worker.models.fields import Fields
-from gpu_worker.models.files import model_kind
+from gpu_worker.models.files import default_model_name, model_kind
 from gpu_worker.models.gguf_config import read_gguf_config
 from gpu_worker.models.gguf_file import GGUFFile
 from gpu_worker.models.gguf_tokenizer import adds_bos, build_gguf_tokenizer, token_text
@@ -28,11 +28,6 @@ def load_model_card(
     if model_kind(model_path) == "gguf":
         return _gguf_card(model_path, name, block_size, max_model_len)
     return _hf_card(model_path, name, block_size, max_model_len)
-
-
-def default_model_name(model_path: Path) -> str:
-    """What a model is called unless it is given a name: as its directory, or its file."""
-    return model_path.resolve().name if model_path.is_dir() else model_path.stem
 
 
 def _gguf_card(path: Path, name: str, block_size: int, max_model_len: int | None) -> ModelCard:

@@ -1,4 +1,4 @@
-"""Telling what kind of model a path holds, and reading its small files with clear errors."""
+"""Telling what a model is and what it is called; reading its small files with clear errors."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ def model_kind(path: Path) -> Literal["gguf", "huggingface"]:
     if path.suffix != ".gguf":
         raise ModelError(f"{path} is neither a model directory nor a .gguf file")
     return "gguf"
+
+
+def default_model_name(model_path: Path) -> str:
+    """What a model is called unless it is given a name: as its directory, or its file."""
+    return model_path.resolve().name if model_path.is_dir() else model_path.stem
 
 
 def read_text(path: Path) -> str:

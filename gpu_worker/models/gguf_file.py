@@ -1,7 +1,7 @@
 """A GGUF file's directory: its metadata, and where each tensor's bytes lie.
 
 The `gguf` package's own reader makes one numpy view per string, which costs seconds for a
-vocabulary; this one reads it in a tenth of a second and checks every length against the end of
+vocabulary; this one reads it in hundredths and checks every length against the end of
 the file, since model files come from strangers. Format:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -14,8 +14,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
+from gpu_worker.models.ggml_types import GGML_TYPES, GGMLType
 from wire.errors import ModelError
 
 _MAGIC = b"GGUF"
@@ -46,7 +45,7 @@ class GGUFTensor:
 
     name: str
     shape: tuple[int, ...]
-    quantization: GGMLQuantizationType
+    quantization: GGMLType
     offset: int
     size_bytes: int
 
@@ -96,14 +95,12 @@ class GGUFFile:
         shape = tuple(int(cursor.scalar("Q")) for _ in range(num_dimensions))[::-1]
         type_id = int(cursor.scalar("I"))
         offset = int(cursor.scalar("Q"))
-        try:
-            quantization = GGMLQuantizationType(type_id)
-        except ValueError as error:
-            raise ModelError(f"{self.path}: tensor {name} has unknown type {type_id}") from error
-        block_len, block_bytes = GGML_QUANT_SIZES[quantization]
-        if math.prod(shape) == 0 or shape[-1] % block_len:
+        if type_id not in GGML_TYPES:
+            raise ModelError(f"{self.path}: tensor {name} has unknown type {type_id}")
+        quantization = GGML_TYPES[type_id]
+        if math.prod(shape) == 0 or shape[-1] % quantization.block_len:
             raise ModelError(f"{self.path}: tensor {name} has shape {shape}; damaged file")
-        size_bytes = math.prod(shape) // block_len * block_bytes
+        size_bytes = math.prod(shape) // quantization.block_len * quantization.block_bytes
         return GGUFTensor(name, shape, quantization, offset, size_bytes)
 
     def _place_tensors(self, cursor: _Cursor) -> None:
@@ -137,9 +134,7 @@ class _Cursor:
     def take(self, num_bytes: int) -> bytes:
         end = self.position + num_bytes
         if end > self.size:
-            raise ModelError(
-                f"{self._path} is truncated or damaged: byte {end} is wanted, it has {self.size}"
-            )
+            raise self._truncated(end)
         taken = self._data[self.position : end]
         self.position = end
         return taken
@@ -170,10 +165,36 @@ class _Cursor:
             # Each string takes at least its length field, which bounds a hostile count.
             if count * 8 > self.size - self.position:
                 raise ModelError(f"{self._path} is truncated or damaged: {count} strings wanted")
-            return [self.string() for _ in range(count)]
+            return self._strings(count)
         if type_id not in _SCALARS:
             raise ModelError(f"{self._path}: arrays of metadata type {type_id} are not supported")
         code = _SCALARS[type_id]
         raw = self.take(count * struct.calcsize("<" + code))
         values = list(struct.unpack(f"<{count}{code}", raw))
         return [bool(v) for v in values] if type_id == _BOOL else values
+
+    def _strings(self, count: int) -> list[object]:
+        """As `count` calls of `string`, in a third of the time: vocabularies have 100,000."""
+        data, size, position = self._data, self.size, self.position
+        read_len = struct.Struct("<Q").unpack_from
+        strings: list[object] = []
+        try:
+            for _ in range(count):
+                start = position + 8
+                position = start + read_len(data, position)[0]
+                if position > size:
+                    break
+                strings.append(data[start:position].decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise ModelError(f"{self._path}: a string is not UTF-8; damaged file") from error
+        except struct.error:
+            position += 8  # where the length that is not there would have ended
+        if position > size:
+            raise self._truncated(position)
+        self.position = position
+        return strings
+
+    def _truncated(self, wanted: int) -> ModelError:
+        return ModelError(
+            f"{self._path} is truncated or damaged: byte {wanted} is wanted, it has {self.size}"
+        )

@@ -2,59 +2,70 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize
 
+from gpu_worker.models.ggml_blocks import dequantize_blocks
 from gpu_worker.models.gguf_file import GGUFFile, GGUFTensor
+from gpu_worker.models.mapped_file import MappedFile
 from wire.errors import ModelError
 
-_PLAIN: dict[GGMLQuantizationType, type[np.generic]] = {
-    GGMLQuantizationType.F32: np.float32,
-    GGMLQuantizationType.F16: np.float16,
-    GGMLQuantizationType.F64: np.float64,
+_PLAIN: dict[str, type[np.generic]] = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "F64": np.float64,
 }
 
 
 class GGUFTensors:
-    """The tensors of `file`, memory-mapped: only the pages that a slice touches are read."""
+    """The tensors of `file`: only the rows that a slice touches are mapped and read."""
 
     def __init__(self, file: GGUFFile) -> None:
-        """Map the file. The map lasts as long as this object or an array made from it."""
+        """Open the file again. Raises ModelError if it has gone meanwhile."""
         self.file = file
-        self._bytes = np.memmap(file.path, dtype=np.uint8, mode="r")
+        try:
+            self._mapped = MappedFile(file.path)
+        except OSError as error:
+            raise ModelError(f"{file.path} cannot be read: {error}") from error
 
     def read(
         self, tensor: GGUFTensor, rows: range | None = None, columns: range | None = None
     ) -> npt.NDArray[np.floating]:
         """The slice `[rows, columns]` of a matrix, or `[rows]` of a vector.
 
-        float32 for quantized tensors, the stored type for F16, F32 and F64. Column slices of
-        quantized tensors are cut at block boundaries first, so nothing outside the blocks that
-        they touch is dequantized.
+        float32 for quantized tensors; for F16, F32 and F64 the stored type, and a view of the file.
+        Column slices of quantized tensors are cut at block boundaries first, so nothing outside
+        the blocks that they touch is dequantized.
         """
-        matrix = self._stored_bytes(tensor)
         if len(tensor.shape) == 1:
-            values: npt.NDArray[np.floating] = self._decode(matrix, tensor, rows)[0]
+            stored = self._stored_bytes(tensor, range(1))
+            values: npt.NDArray[np.floating] = self._decode(stored, tensor, rows)[0]
             return values
-        if rows is not None:
-            matrix = matrix[rows.start : rows.stop]
-        return self._decode(matrix, tensor, columns)
+        stored = self._stored_bytes(tensor, rows)
+        return self._decode(stored, tensor, columns)
 
-    def _stored_bytes(self, tensor: GGUFTensor) -> npt.NDArray[np.uint8]:
+    def _stored_bytes(self, tensor: GGUFTensor, rows: range | None) -> npt.NDArray[np.uint8]:
         """(outer dimensions flattened, bytes of one row)."""
-        end = tensor.offset + tensor.size_bytes
-        if end > self._bytes.size:
-            raise ModelError(f"{self.file.path} has shrunk while it was read; try again")
-        num_rows = int(np.prod(tensor.shape[:-1], dtype=np.int64))
-        return self._bytes[tensor.offset : end].reshape(num_rows, -1)
+        num_rows = math.prod(tensor.shape[:-1])
+        rows = rows if rows is not None else range(num_rows)
+        row_bytes = tensor.size_bytes // num_rows
+        offset, size_bytes = tensor.offset + rows.start * row_bytes, len(rows) * row_bytes
+        try:
+            stored = self._mapped.map(offset, size_bytes)
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"{self.file.path} cannot be read any more ({error}); was it changed?"
+            ) from error
+        return stored.reshape(len(rows), row_bytes)
 
     def _decode(
         self, stored: npt.NDArray[np.uint8], tensor: GGUFTensor, columns: range | None
     ) -> npt.NDArray[np.floating]:
         columns = columns if columns is not None else range(tensor.shape[-1])
-        block_len, block_bytes = GGML_QUANT_SIZES[tensor.quantization]
+        kind = tensor.quantization
+        block_len, block_bytes = kind.block_len, kind.block_bytes
         first, last = columns.start // block_len, -(-columns.stop // block_len)
         blocks = stored[:, first * block_bytes : last * block_bytes]
         skipped = columns.start - first * block_len
@@ -63,12 +74,20 @@ class GGUFTensors:
     def _dequantize(
         self, blocks: npt.NDArray[np.uint8], tensor: GGUFTensor
     ) -> npt.NDArray[np.floating]:
-        plain = _PLAIN.get(tensor.quantization)
+        plain = _PLAIN.get(tensor.quantization.name)
         if plain is not None:
             return np.ascontiguousarray(blocks).view(plain)
+        values: npt.NDArray[np.floating] | None
+        values = dequantize_blocks(blocks, tensor.quantization)
+        if values is not None:
+            return values
+        # The rarer formats; imported late, as it takes a tenth of a second.
+        from gguf.constants import GGMLQuantizationType
+        from gguf.quants import dequantize
+
         try:
-            values: npt.NDArray[np.floating] = dequantize(
-                np.ascontiguousarray(blocks), tensor.quantization
+            values = dequantize(
+                np.ascontiguousarray(blocks), GGMLQuantizationType[tensor.quantization.name]
             )
             return values
         except (NotImplementedError, KeyError, ValueError) as error:

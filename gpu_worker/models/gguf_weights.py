@@ -49,7 +49,7 @@ class GGUFWeights:
     """A `WeightReader` over a GGUF file: a slice is dequantized to float32 as it is read."""
 
     def __init__(self, file: GGUFFile, config: ModelConfig) -> None:
-        """Map the file. `config` tells whether its query and key rows are permuted."""
+        """Open the file. `config` tells whether its query and key rows are permuted."""
         self._file = file
         self._tensors = GGUFTensors(file)
         self._config = config
@@ -76,8 +76,8 @@ class GGUFWeights:
         values = self._tensors.read(tensor, rows, columns)
         if self._is_permuted(name):
             values = _unpermuted(values, self._config.head_dim)
-        # A plain F32 tensor is still a read-only view of the file: torch wants its own copy.
-        return torch.from_numpy(values if values.flags.writeable else values.copy())
+        # A plain F32 tensor is still a view of the file, in which it may lie anywhere.
+        return torch.from_numpy(values if values.flags.aligned else values.copy())
 
     def _is_permuted(self, name: str) -> bool:
         """llama.cpp reorders the rotated halves of Llama's heads, but not of Qwen's."""

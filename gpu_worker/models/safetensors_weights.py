@@ -2,40 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 
 from gpu_worker.models.files import read_json_object
+from gpu_worker.models.mapped_file import MappedFile
+from gpu_worker.models.safetensors_file import StoredTensor, read_directory
 from wire.errors import ModelError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 _SINGLE_FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_DTYPES = ("F64", "F32", "F16", "BF16")
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 
 
 class SafetensorsWeights:
-    """A `WeightReader` over a directory. Files are mapped when first needed, and stay mapped."""
+    """A `WeightReader` over a directory. Its tensors are views of the mapped files."""
 
     def __init__(self, directory: Path) -> None:
         """Find the files. Raises ModelError if there are none, or the index is damaged."""
         self._directory = directory
-        self._open_files: dict[str, Any] = {}
         if (directory / _INDEX).is_file():
             self._file_of = _read_index(directory / _INDEX)
         elif (directory / _SINGLE_FILE).is_file():
-            self._file_of = dict.fromkeys(self._file(_SINGLE_FILE).keys(), _SINGLE_FILE)
+            self._file_of = {}
         else:
             raise ModelError(
                 f"{directory} has neither {_SINGLE_FILE} nor {_INDEX}; only safetensors "
                 "checkpoints are read"
             )
+        names = set(self._file_of.values()) or {_SINGLE_FILE}
+        self._files = {name: _File(directory / name) for name in names}
+        if not self._file_of:
+            self._file_of = dict.fromkeys(self._files[_SINGLE_FILE].tensors, _SINGLE_FILE)
 
     def read(
         self,
@@ -47,34 +55,53 @@ class SafetensorsWeights:
         """See `WeightReader.read`."""
         if name not in self._file_of:
             raise ModelError(f"{self._directory}: tensor {name} is missing; download it again")
-        file_name = self._file_of[name]
-        path = self._directory / file_name
-        with _damage_as_model_error(path):
-            stored = self._file(file_name).get_slice(name)
-            self._check(path, name, tuple(stored.get_shape()), shape, stored.get_dtype())
-            window = [slice(None) if r is None else slice(r.start, r.stop) for r in (rows, columns)]
-            values: Tensor = stored[tuple(window[: len(shape)])]
-        return values
+        return self._files[self._file_of[name]].read(name, shape, rows, columns)
 
-    def _file(self, file_name: str) -> Any:
-        if file_name not in self._open_files:
-            path = self._directory / file_name
-            with _damage_as_model_error(path):
-                self._open_files[file_name] = safe_open(path, framework="pt", device="cpu")
-        return self._open_files[file_name]
 
-    @staticmethod
-    def _check(
-        path: Path, name: str, found: tuple[int, ...], expected: tuple[int, ...], dtype: str
-    ) -> None:
-        if found != expected:
+class _File:
+    """One file, opened when something of it is first needed; then it stays open."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @cached_property
+    def _mapped(self) -> MappedFile:
+        with _damage_as_model_error(self._path):
+            return MappedFile(self._path)
+
+    @cached_property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """What the file holds. Raises ModelError."""
+        with _damage_as_model_error(self._path):
+            return read_directory(self._mapped)
+
+    def read(
+        self, name: str, shape: tuple[int, ...], rows: range | None, columns: range | None
+    ) -> Tensor:
+        """A slice of a tensor. Raises ModelError."""
+        stored = self.tensors.get(name)
+        if stored is None:
+            raise ModelError(f"{self._path} is damaged: it has no tensor {name}; download it again")
+        self._check(name, stored, shape)
+        rows = rows if rows is not None else range(shape[0])
+        row_bytes = stored.size_bytes // shape[0]
+        with _damage_as_model_error(self._path):
+            # Of columns the whole rows: disks read more than a part of a row at a time anyway,
+            # and what one rank leaves the next one takes.
+            mapped = self._mapped.map(stored.offset + rows.start * row_bytes, len(rows) * row_bytes)
+        values = torch.from_numpy(mapped).view(_DTYPES[stored.dtype]).view(len(rows), *shape[1:])
+        return values if columns is None else values[:, columns.start : columns.stop]
+
+    def _check(self, name: str, stored: StoredTensor, expected: tuple[int, ...]) -> None:
+        if stored.shape != expected:
             raise ModelError(
-                f"{path}: tensor {name} has shape {list(found)}, config.json says "
+                f"{self._path}: tensor {name} has shape {list(stored.shape)}, config.json says "
                 f"{list(expected)}; the files do not belong together"
             )
-        if dtype not in _DTYPES:
+        if stored.dtype not in _DTYPES:
             raise ModelError(
-                f"{path}: tensor {name} is stored as {dtype}; only {', '.join(_DTYPES)} are read"
+                f"{self._path}: tensor {name} is stored as {stored.dtype}; "
+                f"only {', '.join(_DTYPES)} are read"
             )
 
 
@@ -96,5 +123,5 @@ def _damage_as_model_error(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise ModelError(f"{path} is missing; the model directory is incomplete") from error
-    except (SafetensorError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise ModelError(f"{path} is damaged or truncated ({error}); download it again") from error

@@ -29,8 +29,11 @@ class WeightReader(Protocol):
         """One slice of the tensor `name`, on the CPU, in the precision that it is stored in.
 
         `shape` is the whole tensor's; a checkpoint that has another is refused. `rows` cuts the
-        first dimension, `columns` the second; None takes all. Only what the slice covers is
-        read from the disk. Raises ModelError for a missing, damaged or unsupported tensor.
+        first dimension, `columns` the second; None takes all. Only what the rows cover is read
+        from the disk. What is stored as a plain type comes as a view of the file, which counts
+        as memory of ours until it is let go of: copy what is to last, and pack the rest soon.
+        May be called from several threads. Raises ModelError for a missing, damaged or
+        unsupported tensor.
         """
 
 

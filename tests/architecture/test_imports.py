@@ -72,7 +72,11 @@ def test_a_package_says_what_it_is_and_is_typed(package: str) -> None:
         ),
         ("import forebay.cli", {"torch", "numpy", "redis", "tokenizers", "transformers"}),
         ("import scheduler.service", {"torch", "transformers"}),
-        ("import gpu_worker.service", {"torch", "transformers"}),
+        # What a batch run and a worker import before they start others, these wait for.
+        ("import producer.batch", {"redis"}),
+        ("import gpu_worker.service", {"torch", "numpy", "redis", "tokenizers", "transformers"}),
+        ("import gpu_worker.serving", {"torch", "transformers", "gguf"}),
+        ("import gpu_worker.rank", {"torch", "numpy", "pydantic", "redis", "tokenizers"}),
     ],
 )
 def test_importing_this_loads_nothing_heavy(statement: str, unwanted: set[str]) -> None:

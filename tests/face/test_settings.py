@@ -100,6 +100,14 @@ def test_a_password_appears_in_no_message_and_no_representation() -> None:
     assert settings.redis_url_for_logs == "redis://user:***@example.org:6380/1"
 
 
+def test_the_stub_engine_may_be_given_a_step_time() -> None:
+    assert WorkerSettings.load(model="stub:").stub_step_s == 0
+    assert WorkerSettings.load(model="stub:2.5ms").stub_step_s == 0.0025
+    assert WorkerSettings.load(model="stub:2.5ms").model_path is None
+    with pytest.raises(ConfigError, match=r"^--model is 'stub:fast': the stub engine is stub:, or"):
+        WorkerSettings.load(model="stub:fast")
+
+
 def test_sizes_are_written_as_people_write_them() -> None:
     assert WorkerSettings.load(model="m", kv_cache_bytes="512MiB").kv_cache_bytes == 512 * 2**20
 

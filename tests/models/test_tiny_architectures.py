@@ -12,9 +12,11 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 
+from gpu_worker.kernels import library
 from gpu_worker.model_runner import ModelRunner
 from gpu_worker.step_plan import StepPlan
 from gpu_worker.tensor_parallel import TensorParallelGroup
+from service.settings import Quantization
 from support.greedy_driver import greedy_as_rank, int32
 from support.greedy_reference import assert_greedy, reference_logits
 from support.rank_processes import loaded_ranks
@@ -79,7 +81,19 @@ def test_the_fixture_saves_several_shards(tiny: TinyModel) -> None:
     assert len(set(index["weight_map"].values())) > 2
 
 
-def test_every_logit_equals_the_reference(tiny: TinyModel) -> None:
+@pytest.fixture(params=["kernels", "torch"])
+def operations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Our kernels, where they are there, and torch's operations in their place."""
+    if request.param == "torch":
+        without_kernels(monkeypatch)
+    return str(request.param)
+
+
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "isa", lambda: None)
+
+
+def test_every_logit_equals_the_reference(tiny: TinyModel, operations: str) -> None:
     runner = ModelRunner(tiny.directory, group=TensorParallelGroup.single(), num_blocks=NUM_BLOCKS)
     # 100 tokens are well beyond the 64 from which the scaled rotaries stretch.
     found = runner.execute(whole_prompt(PROMPTS[-1]))
@@ -91,6 +105,34 @@ def test_every_logit_equals_the_reference(tiny: TinyModel) -> None:
 def test_greedy_answers_equal_the_reference_at_every_size(tiny: TinyModel, size: int) -> None:
     # 6 query and 2 key/value heads: even, uneven, and more ranks than key/value heads.
     assert_all_greedy(tiny.reference, run_greedy(tiny.directory, size))
+
+
+def test_greedy_answers_without_kernels_equal_the_reference(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_kernels(monkeypatch)
+    assert_all_greedy(tiny.reference, run_greedy(tiny.directory, 2))
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_narrow_weights_mean_the_same_with_and_without_kernels(
+    tiny: TinyModel, quantization: Quantization, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def logits() -> torch.Tensor:
+        runner = ModelRunner(
+            tiny.directory,
+            group=TensorParallelGroup.single(),
+            quantization=quantization,
+            num_blocks=NUM_BLOCKS,
+        )
+        found = runner.execute(whole_prompt(PROMPTS[-1]))
+        assert found is not None
+        return found.clone()
+
+    on_kernels = logits()
+    without_kernels(monkeypatch)
+    # With kernels the activations are rounded as well.
+    assert torch.nn.functional.cosine_similarity(on_kernels, logits()).min() > 0.99
 
 
 @pytest.mark.parametrize("size", [1, 2])

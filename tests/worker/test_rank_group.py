@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
@@ -19,9 +21,12 @@ from wire.ids import RequestId
 OPTIONS = RankOptions(
     model_path="stub:",
     model_name="m",
+    quantization="none",
+    cpu_isa="auto",
     dtype="auto",
     block_size=16,
     kv_cache_bytes=None,
+    host_cache_bytes=None,
     max_model_len=None,
     max_num_seqs=8,
     max_num_batched_tokens=64,
@@ -221,3 +226,17 @@ async def test_ranks_that_hang_are_killed(monkeypatch: pytest.MonkeyPatch) -> No
         many = AbortRequests((RequestId("x" * 100_000),) * 10)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(group.send(many), 0.1)
+
+
+async def test_what_killed_groups_have_left_is_cleared_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    litter = tmp_path / "forebay-ranks-litter"
+    litter.mkdir()
+    os.utime(litter, (0, 0))
+    async with open_ranks(OPTIONS, 1) as group:
+        await group.wait_ready(30)
+        assert not litter.exists()
+        assert len(list(tmp_path.iterdir())) == 1
+    assert not list(tmp_path.iterdir())
