@@ -61,7 +61,9 @@ class ModelRunner:
         self.device = device if device is not None else torch.device("cpu")
         self.group = group
         self.config, reader = open_model(model_path, max_model_len)
-        self.precision = choose_precision(dtype, quantization, self.device)
+        self.precision = choose_precision(
+            dtype, quantization, self.device, head_dim=self.config.head_dim
+        )
         operations = choose_operations(self.precision, self.device)
         self._decoder = load_decoder(
             self.config, reader, group, self.precision, operations, self.device

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import structlog
 import torch
 
-from gpu_worker.kernels import library
+from gpu_worker.kernels import library, pages
 from gpu_worker.kernels.library import Isa
 from wire.errors import ConfigError
 
@@ -66,13 +66,16 @@ class Precision:
         return dtype if self.quantization == "none" else f"{dtype}+{self.quantization}"
 
 
-def choose_precision(dtype: str, quantization: Quantization, device: torch.device) -> Precision:
+def choose_precision(
+    dtype: str, quantization: Quantization, device: torch.device, *, head_dim: int
+) -> Precision:
     """What to use for the options `dtype` ("auto", or a torch dtype's name) and `quantization`.
 
-    Raises ConfigError for a dtype that is not supported.
+    `head_dim` is the model's: our kernels do not work on all. Raises ConfigError for a dtype that
+    is not supported.
     """
     log = structlog.get_logger(__name__)
-    isa = library.isa() if device.type == "cpu" else None
+    isa = _usable_isa(device, head_dim)
     if dtype == "auto":
         name, reason = _fastest(device, isa)
     elif dtype in _DTYPES:
@@ -81,6 +84,19 @@ def choose_precision(dtype: str, quantization: Quantization, device: torch.devic
         raise ConfigError(f"dtype is {dtype}; it must be auto, {', '.join(_DTYPES)}")
     log.info("precision_chosen", dtype=name, quantization=quantization, isa=isa, reason=reason)
     return Precision(_DTYPES[name], quantization, isa)
+
+
+def _usable_isa(device: torch.device, head_dim: int) -> Isa | None:
+    """What our kernels may use for such a model; None, and the reason in the log, without them."""
+    isa = library.isa() if device.type == "cpu" else None
+    if isa is None:
+        return None
+    # All that they may refuse of a model: sizes of every other kind, and dtypes, they take.
+    reason = pages.reason_against(head_dim)
+    if reason is None:
+        return isa
+    structlog.get_logger(__name__).warning("cpu_kernels_unfit", reason=reason)
+    return None
 
 
 def _fastest(device: torch.device, isa: Isa | None) -> tuple[str, str]:

@@ -8,9 +8,8 @@ import structlog
 import torch
 from torch import Tensor
 
-from gpu_worker.collectives import meeting
+from gpu_worker.collectives import meeting, shared_group
 from gpu_worker.collectives.interface import Collectives
-from gpu_worker.kernels import all_reduce
 from gpu_worker.step_plan import StepPlan
 
 _NO_MORE_PLANS = torch.empty(0, dtype=torch.int32)
@@ -95,7 +94,7 @@ def _collectives(
 ) -> Collectives:
     """All ranks come to the same choice: they run on one machine, from one installation."""
     log = structlog.get_logger(__name__)
-    if device.type == "cpu" and meeting.is_possible() and all_reduce.is_available():
+    if device.type == "cpu" and meeting.is_possible() and shared_group.is_available(size):
         from gpu_worker.collectives.shared_memory import SharedMemoryCollectives
 
         log.info("collectives_chosen", rank=rank, collectives="shared memory")
@@ -105,6 +104,6 @@ def _collectives(
     from gpu_worker.collectives.torch_distributed import TorchCollectives
 
     chosen = "NCCL" if device.type == "cuda" else "gloo"
-    reason = "a GPU" if device.type == "cuda" else "no compiled kernels, or not Linux"
+    reason = "a GPU" if device.type == "cuda" else "no kernels, too many ranks, or not Linux"
     log.info("collectives_chosen", rank=rank, collectives=chosen, reason=reason)
     return TorchCollectives(rank, size, rendezvous, device, timeout_s)

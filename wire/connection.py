@@ -23,7 +23,10 @@ class _OwnSend:
     socket_timeout: float | None
 
     def pack_command(self, *args: EncodableT) -> list[bytes]:
-        """One command in the server's protocol; its first argument may be two words."""
+        """One command in the server's protocol; its first argument may be two words.
+
+        Called by redis-py's `send_command` and, for each command of a pipeline, `pack_commands`.
+        """
         first, *rest = args
         assert isinstance(first, str | bytes)
         words = [*first.split(), *rest]

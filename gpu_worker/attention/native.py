@@ -49,6 +49,8 @@ class _StepAttention:
     def __call__(self, query: Tensor, pages: LayerPages, heads: HeadMap, scale: float) -> Tensor:
         """See `PagedAttention`; rows of `query` may stand apart. All is float32 but the pages."""
         if self._planned is None or heads is not self._heads:
-            self._planned = PlannedAttention(self._plan, self._shape, heads, self._memory)
+            self._planned = PlannedAttention(
+                self._plan, self._shape, heads.kv_head_of_query, self._memory
+            )
             self._heads = heads
         return self._planned(query, pages, scale)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.collectives.meeting import Meeting, meet
-from gpu_worker.kernels.all_reduce import SharedGroup, segment_bytes
+from gpu_worker.collectives.shared_group import SharedGroup, segment_bytes
 
 _FLOAT_BYTES = 4
 

@@ -133,6 +133,8 @@ def _load(
         max_model_len=options.max_model_len,
         layers=layers,
     )
+    if model.precision.isa is None:  # the kernels cannot take this model
+        torch.set_num_threads(num_threads)
     host = HostPages(model.pages, _num_host_slots(options, model, group))
     group.meet()
     return group, RankRunner(model, host)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from functools import cache
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,10 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cache.pages import LayerPages, PageShape
-from gpu_worker.attention.interface import HeadMap
 from gpu_worker.kernels.library import POINTER, function
 from gpu_worker.kernels.pages import PagesStruct, describe
-from gpu_worker.step_plan import StepPlan
 
 _INT64 = ctypes.c_int64
 _ITEM_LEN = 6
@@ -97,24 +96,57 @@ class AttentionMemory:
         return self._arrays[name].ctypes.data
 
 
+class Sequences(Protocol):
+    """The sequences of a step. Tensors are int32, contiguous, on the CPU."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the step."""
+
+    @property
+    def num_seqs(self) -> int:
+        """Sequences."""
+
+    @property
+    def query_starts(self) -> Tensor:
+        """The first row of each sequence, then `num_tokens`."""
+
+    @property
+    def context_lens(self) -> Tensor:
+        """Tokens of each in the cache after the step."""
+
+    @property
+    def block_tables(self) -> Tensor:
+        """(num_seqs, most blocks of one)."""
+
+
 class PlannedAttention:
     """One step's attention over pages of one shape, for one map of heads."""
 
     def __init__(
-        self, plan: StepPlan, shape: PageShape, heads: HeadMap, memory: AttentionMemory
+        self,
+        plan: Sequences,
+        shape: PageShape,
+        kv_head_of_query: tuple[int, ...],
+        memory: AttentionMemory,
     ) -> None:
-        """Cut the step into items. `memory` is this object's until the next one is made with it."""
+        """Cut the step into items. `memory` is this object's until the next one is made with it.
+
+        `kv_head_of_query` names the key/value head that each query head reads; it must not
+        decrease.
+        """
         for indices in (plan.query_starts, plan.context_lens, plan.block_tables):
             assert indices.dtype == torch.int32
             assert indices.is_contiguous()
-        groups = np.bincount(heads.kv_head_of_query, minlength=shape.num_kv_heads)
+        num_query_heads = len(kv_head_of_query)
+        groups = np.bincount(kv_head_of_query, minlength=shape.num_kv_heads)
         self._query_begin = np.concatenate(([0], groups.cumsum())).astype(np.int32)
         self._kept = plan  # the kernels read its memory
         self._work = _plan(plan, shape, int(groups.max()), memory)
-        num_rows = self._work.num_parts * heads.num_query_heads
+        num_rows = self._work.num_parts * num_query_heads
         self._call = _Attention(
             pages=describe(shape),
-            num_query_heads=heads.num_query_heads,
+            num_query_heads=num_query_heads,
             query_begin=self._query_begin.ctypes.data,
             block_tables=plan.block_tables.data_ptr(),
             table_stride=plan.block_tables.shape[1],
@@ -123,7 +155,7 @@ class PlannedAttention:
             part_stats=memory.reserve("part_stats", 2 * num_rows),
             arrived=memory.reserve("arrived", plan.num_tokens * shape.num_kv_heads),
         )
-        self._query_shape = (plan.num_tokens, heads.num_query_heads, shape.head_dim)
+        self._query_shape = (plan.num_tokens, num_query_heads, shape.head_dim)
         self._address = ctypes.addressof(self._call)
         self._kernel = _attend()
 
@@ -149,7 +181,7 @@ class PlannedAttention:
         return output
 
 
-def _plan(plan: StepPlan, shape: PageShape, rows_per_token: int, memory: AttentionMemory) -> _Work:
+def _plan(plan: Sequences, shape: PageShape, rows_per_token: int, memory: AttentionMemory) -> _Work:
     step = _Step(
         query_starts=plan.query_starts.data_ptr(),
         context_lens=plan.context_lens.data_ptr(),

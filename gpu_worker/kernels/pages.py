@@ -9,7 +9,8 @@ import torch
 from cache.pages import PageShape
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-MAX_HEAD_DIM = 256
+_MAX_HEAD_DIM = 256
+"""What `src/rotary_avx512.cpp` has room for."""
 
 
 class PagesStruct(ctypes.Structure):
@@ -28,14 +29,18 @@ class PagesStruct(ctypes.Structure):
     ]
 
 
-def supports(shape: PageShape) -> bool:
-    """Whether the kernels can read and write such pages."""
-    return shape.dtype in _TYPES and shape.head_dim % 2 == 0 and shape.head_dim <= MAX_HEAD_DIM
+def reason_against(head_dim: int) -> str | None:
+    """Why the kernels cannot work on heads of `head_dim` elements; None if they can."""
+    if head_dim % 2:
+        return f"heads have {head_dim} elements; the kernels rotate pairs of them"
+    if head_dim > _MAX_HEAD_DIM:
+        return f"heads have {head_dim} elements; the kernels take up to {_MAX_HEAD_DIM}"
+    return None
 
 
 def describe(shape: PageShape) -> PagesStruct:
-    """`shape`, which must be supported, in the kernels' terms."""
-    assert supports(shape)
+    """`shape` in the kernels' terms. There must be no reason against its heads."""
+    assert reason_against(shape.head_dim) is None
     head = shape.block_size * shape.head_dim
     return PagesStruct(
         _TYPES[shape.dtype],

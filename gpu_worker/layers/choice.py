@@ -5,7 +5,7 @@ from __future__ import annotations
 import structlog
 import torch
 
-from gpu_worker.kernels.operations import native_operations
+from gpu_worker.layers.native_operations import native_operations
 from gpu_worker.layers.operations import Operations
 from gpu_worker.layers.torch_operations import torch_operations
 from gpu_worker.precision import Precision

@@ -59,13 +59,19 @@ class ModelShard:
 def shard_model(config: ModelConfig, size: int, rank: int) -> ModelShard:
     """Rank `rank`'s part among `size`.
 
-    Raises ModelError if there are more ranks than query heads, for then some would have none.
+    Raises ModelError if there are more ranks than query heads, columns of the feed-forward block
+    or tokens in the vocabulary, for then some would have none.
     """
-    if not 1 <= size <= config.num_heads:
-        raise ModelError(
-            f"tensor-parallel size {size} does not fit a model of {config.num_heads} query "
-            f"heads; use 1 to {config.num_heads}"
-        )
+    for what, count in (
+        ("query heads", config.num_heads),
+        ("feed-forward columns", config.intermediate_size),
+        ("tokens in its vocabulary", config.vocab_size),
+    ):
+        if not 1 <= size <= count:
+            raise ModelError(
+                f"tensor-parallel size {size} does not fit a model of {count} {what}; "
+                f"use 1 to {count}"
+            )
     assert 0 <= rank < size
     group_len = config.num_heads // config.num_kv_heads
     query_heads = even_split(config.num_heads, size, rank, _head_unit(config, size))

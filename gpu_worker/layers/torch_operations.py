@@ -52,8 +52,8 @@ def torch_operations(precision: Precision, device: torch.device) -> Operations:
             projected = qkv.view(len(qkv), -1, heads.head_dim)
             if heads.query_norm is not None and heads.key_norm is not None:
                 query, key, value = torch.split(projected, [num_queries, num_kv, num_kv], dim=1)
-                query = rotation.apply(_head_norm(query, heads.query_norm, heads.eps))
-                key = rotation.apply(_head_norm(key, heads.key_norm, heads.eps))
+                query = rotation.apply(_add_rms_norm(query, None, heads.query_norm, heads.eps))
+                key = rotation.apply(_add_rms_norm(key, None, heads.key_norm, heads.eps))
             else:
                 # Queries and keys lie side by side: one rotation serves both.
                 query_key, value = torch.split(projected, [num_queries + num_kv, num_kv], dim=1)
@@ -106,7 +106,3 @@ def _add_rms_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: flo
     if delta is not None:
         hidden += delta
     return rms_norm(hidden, weight.shape, weight, eps)
-
-
-def _head_norm(heads: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return rms_norm(heads, weight.shape, weight, eps)

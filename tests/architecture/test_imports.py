@@ -23,20 +23,33 @@ MAY_IMPORT = {
     "forebay": {"wire", "service", "cache", "producer", "scheduler", "gpu_worker"},
 }
 
+# What rests on what inside the worker: our kernels on nothing of it, what is computed with them on
+# them alone. Attention takes the plan of a step besides.
+MAY_IMPORT_OF_WORKER = {
+    "kernels": set[str](),
+    "collectives": {"kernels"},
+    "attention": {"kernels", "step_plan"},
+}
+
 
 def modules_of(package: str) -> list[Path]:
     return sorted((ROOT / package).rglob("*.py"))
 
 
-def imported_packages(path: Path) -> set[str]:
+def imported_names(path: Path) -> set[str]:
+    """Modules, and names that may be modules: `from a.b import c` is a.b.c."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(), path)):
         if isinstance(node, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: imports here are absolute"
-            names.add(str(node.module).partition(".")[0])
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
+
+
+def imported_packages(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imported_names(path)}
 
 
 @pytest.mark.parametrize("package", MAY_IMPORT)
@@ -44,6 +57,15 @@ def test_a_package_imports_only_what_stands_below_it(package: str) -> None:
     for path in modules_of(package):
         ours = imported_packages(path) & MAY_IMPORT.keys()
         upward = ours - MAY_IMPORT[package] - {package}
+        assert not upward, f"{path.relative_to(ROOT)} imports {sorted(upward)}"
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT_OF_WORKER)
+def test_a_part_of_the_worker_imports_only_what_stands_below_it(package: str) -> None:
+    for path in modules_of(f"gpu_worker/{package}"):
+        parts = [name.split(".") for name in imported_names(path)]
+        ours = {names[1] for names in parts if names[0] == "gpu_worker" and len(names) > 1}
+        upward = ours - MAY_IMPORT_OF_WORKER[package] - {package}
         assert not upward, f"{path.relative_to(ROOT)} imports {sorted(upward)}"
 
 

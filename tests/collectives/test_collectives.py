@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -12,13 +13,14 @@ from typing import Any, Protocol
 
 import pytest
 
-from gpu_worker.kernels import all_reduce
+from gpu_worker.collectives import shared_group
+from gpu_worker.collectives.interface import CollectiveFailed
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED, GLOO = "shared memory", "gloo"
 
 pytestmark = pytest.mark.skipif(
-    not all_reduce.is_available(), reason="the compiled kernels are not there"
+    not shared_group.is_available(2), reason="the compiled kernels are not there"
 )
 
 
@@ -64,6 +66,16 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunRanks]:
 def carrier_and_size(request: pytest.FixtureRequest) -> tuple[str, int]:
     chosen: tuple[str, int] = request.param
     return chosen
+
+
+def test_more_ranks_than_the_shared_memory_has_room_for_meet_through_torch() -> None:
+    assert shared_group.is_available(64)
+    assert not shared_group.is_available(65)
+    # The kernels count likewise. Joining does not touch the memory yet.
+    anywhere = ctypes.addressof(ctypes.create_string_buffer(1))
+    shared_group.SharedGroup(anywhere, 0, 64, [], timeout_s=1.0).leave()
+    with pytest.raises(CollectiveFailed, match="no group of 65 ranks"):
+        shared_group.SharedGroup(anywhere, 0, 65, [], timeout_s=1.0)
 
 
 def test_all_ranks_get_the_same_bits(

@@ -113,6 +113,15 @@ def test_a_size_that_leaves_ranks_without_heads_is_refused(config: ModelConfig, 
         shard_model(config, size, 0)
 
 
+def test_a_size_that_leaves_ranks_without_a_column_or_a_token_is_refused(
+    config: ModelConfig,
+) -> None:
+    with pytest.raises(ModelError, match=r"size 3 .* 2 feed-forward columns; use 1 to 2"):
+        shard_model(replace(config, intermediate_size=2), 3, 0)
+    with pytest.raises(ModelError, match=r"size 3 .* 2 tokens in its vocabulary; use 1 to 2"):
+        shard_model(replace(config, vocab_size=2), 3, 0)
+
+
 def test_of_two_ranks_none_holds_more_than_60_percent_of_the_sharded_weights(
     gguf_path: Path,
 ) -> None:

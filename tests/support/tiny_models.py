@@ -68,9 +68,10 @@ SPECS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_tiny_model(spec: str, directory: Path) -> Any:
+def make_tiny_model(spec: str, directory: Path, **changes: Any) -> Any:
     """Build a `transformers` model of random weights, and save it in shards of some 100 kB.
 
+    `changes` are fields of its configuration that differ from the architecture's usual ones here.
     Biases and norms are random too: their defaults, 0 and 1, would hide that one is left out.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -80,7 +81,8 @@ def make_tiny_model(spec: str, directory: Path) -> Any:
         warnings.simplefilter("ignore", FutureWarning)
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        fields = {k: v for k, v in {**_COMMON, **SPECS[spec]}.items() if v is not None}
+        fields = {**_COMMON, **SPECS[spec], **changes}
+        fields = {name: value for name, value in fields.items() if value is not None}
         torch.manual_seed(sum(map(ord, spec)))
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).float().eval()
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The ranks' exchanges in shared memory, as the compiled library offers them."""
+"""One rank's end of a group in shared memory: the compiled library's exchanges."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ _REASONS = {
     3: "another rank has given up",
 }
 _FOREVER_NS = -1
+_MAX_RANKS = 64
+"""What the segment has room for (`kernels/src/shared_group.h`)."""
+
 _SIGNATURES: dict[str, tuple[type[ctypes._SimpleCData[Any]] | None, list[Any]]] = {
     "fb_group_segment_bytes": (INT64, [INT64]),
     "fb_group_join": (POINTER, [POINTER, INT64, INT64, POINTER, INT64]),
@@ -33,9 +36,11 @@ _SIGNATURES: dict[str, tuple[type[ctypes._SimpleCData[Any]] | None, list[Any]]] 
 }
 
 
-def is_available() -> bool:
-    """Whether the library is there; it needs no more of the processor than it runs on."""
-    return shared_object() is not None
+def is_available(size: int) -> bool:
+    """Whether `size` ranks can be a group: the library is there, whatever the processor, and it
+    takes so many.
+    """
+    return size <= _MAX_RANKS and shared_object() is not None
 
 
 def segment_bytes(size: int) -> int:
