@@ -36,6 +36,9 @@ struct AttentionWork {
   int32_t* part_count;  // (tokens of the step)
 };
 
+// A row is a query head of a token. So many are worked on together, and items are cut to fit.
+constexpr int64_t kMaxRows = 96;
+
 // One layer's call.
 struct Attention {
   Pages pages;

@@ -18,7 +18,7 @@ void attend(const Attention& call, const Task& task, const Task& following) {
   const AttentionItem& item = *task.item;
   const int64_t head_dim = call.pages.head_dim;
   const Tile tile(head_dim);
-  Rows rows{};
+  ItemRows rows{};
   rows.first_head = call.query_begin[task.kv_head];
   rows.group = call.query_begin[task.kv_head + 1] - rows.first_head;
   const int64_t num_rows = item.num_tokens * rows.group;

@@ -9,7 +9,6 @@
 namespace fb {
 namespace {
 
-constexpr int64_t kMaxRows = 96;         // tokens times query heads of an item
 constexpr int64_t kFewRows = 16;         // a sequence with no more shares its prefix's items
 constexpr int64_t kMinSharedKeys = 128;  // shared keys that are worth an item of their own
 constexpr int64_t kKeysUnit = 64;        // ranges of keys are cut at multiples

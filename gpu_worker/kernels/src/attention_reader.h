@@ -62,7 +62,7 @@ class TileReader {
     const int64_t count = left < tile_keys_ ? left : tile_keys_;
     int64_t block = begin / pages.block_size, slot = begin % pages.block_size;
     for (int64_t i = 0; i < count; slot = 0, ++block) {
-      int64_t offset = pages.slot_offset(table[block], task.kv_head, slot);
+      int64_t offset = slot_offset(pages, table[block], task.kv_head, slot);
       const int64_t rest = i + pages.block_size - slot;
       for (const int64_t stop = rest < count ? rest : count; i < stop; ++i) {
         offsets[i] = offset;

@@ -1,5 +1,4 @@
-// The rows of an item (a row is a query head of a token): their state from tile to tile of keys,
-// and what becomes of it.
+// The rows of an item: their state from tile to tile of keys, and what becomes of it.
 
 #pragma once
 
@@ -10,7 +9,6 @@
 namespace fb {
 
 constexpr int kBlockRows = 6;
-constexpr int64_t kMaxRows = 96;  // rows that are worked on together
 constexpr int64_t kMaxTileKeys = 64;
 
 // One thread's memory for an item. The row-wise arrays have `width` columns, head_dim rounded up to
@@ -31,16 +29,11 @@ struct Tile {
 };
 
 // Rows [first, first + count) of an item: row r is query head r % group of its token r / group.
-struct Rows {
+struct ItemRows {
   int64_t first;
   int64_t count;
   int64_t group;
   int64_t first_head;
-
-  int64_t entry(const AttentionItem& item, int64_t row) const {
-    return item.first_token + (first + row) / group;
-  }
-  int64_t head(int64_t row) const { return first_head + (first + row) % group; }
 };
 
 // Item `item` of key/value head `kv_head`.
@@ -50,7 +43,7 @@ struct Task {
 };
 
 // Takes in the rows' queries; nothing is attended to yet.
-void begin_rows(const Attention& call, const AttentionItem& item, const Rows& rows,
+void begin_rows(const Attention& call, const AttentionItem& item, const ItemRows& rows,
                 const Tile& tile);
 
 // How many of a tile's keys, which are `num_keys` from `begin` on, each of a block's rows sees.
@@ -64,14 +57,14 @@ void soften(const Tile& tile, int64_t first_row, int64_t num_rows, const int64_t
             int64_t num_vectors, float* factors);
 
 // Writes results or, where the item has them, parts.
-void end_rows(const Attention& call, const AttentionItem& item, const Rows& rows,
+void end_rows(const Attention& call, const AttentionItem& item, const ItemRows& rows,
               const Tile& tile);
 
 // attention_amx.cpp: whether it takes rows of this number and form, and attention to all keys of
 // their task between begin_rows and end_rows. `following` is what the thread will likely do next.
-bool is_for_amx(const Attention& call, const Rows& rows);
-void attend_amx(const Attention& call, const Task& task, const Task& following, const Rows& rows,
-                const Tile& tile);
+bool is_for_amx(const Attention& call, const ItemRows& rows);
+void attend_amx(const Attention& call, const Task& task, const Task& following,
+                const ItemRows& rows, const Tile& tile);
 
 // Says that an item's parts are there, and combines those of tokens of which it was the last.
 void arrive(const Attention& call, const AttentionItem& item, int64_t kv_head);

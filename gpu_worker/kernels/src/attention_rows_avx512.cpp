@@ -12,6 +12,15 @@
 namespace fb {
 namespace {
 
+// Where row `row` of `rows` has its token, in AttentionWork's tokens and limits.
+int64_t entry_of(const AttentionItem& item, const ItemRows& rows, int64_t row) {
+  return item.first_token + (rows.first + row) / rows.group;
+}
+
+int64_t head_of(const ItemRows& rows, int64_t row) {
+  return rows.first_head + (rows.first + row) % rows.group;
+}
+
 void write_row(float* out, const float* sums, __m512 factor, int64_t head_dim) {
   for (int64_t d = 0; d < head_dim; d += 16) {
     _mm512_mask_storeu_ps(out + d, first_lanes(head_dim - d),
@@ -73,14 +82,14 @@ Tile::Tile(int64_t head_dim) {
   limits = reinterpret_cast<int32_t*>(greatest + kMaxRows);
 }
 
-void begin_rows(const Attention& call, const AttentionItem& item, const Rows& rows,
+void begin_rows(const Attention& call, const AttentionItem& item, const ItemRows& rows,
                 const Tile& tile) {
   const int64_t head_dim = call.pages.head_dim;
   const __m512 scale = _mm512_set1_ps(call.scale * kLog2E);
   for (int64_t r = 0; r < rows.count; ++r) {
-    const int64_t entry = rows.entry(item, r);
+    const int64_t entry = entry_of(item, rows, r);
     const float* source = call.query + call.work->tokens[entry] * call.query_stride +
-                          rows.head(r) * head_dim;
+                          head_of(rows, r) * head_dim;
     for (int64_t d = 0; d < tile.width; d += 16) {
       const __m512 values = _mm512_maskz_loadu_ps(first_lanes(head_dim - d), source + d);
       _mm512_store_ps(tile.query + r * tile.width + d, _mm512_mul_ps(values, scale));
@@ -142,19 +151,19 @@ void soften(const Tile& tile, int64_t first_row, int64_t num_rows, const int64_t
   }
 }
 
-void end_rows(const Attention& call, const AttentionItem& item, const Rows& rows,
+void end_rows(const Attention& call, const AttentionItem& item, const ItemRows& rows,
               const Tile& tile) {
   const int64_t head_dim = call.pages.head_dim;
   for (int64_t r = 0; r < rows.count; ++r) {
     const float weight = _mm512_reduce_add_ps(_mm512_load_ps(tile.weights + 16 * r));
     const float* sums = tile.sums + r * tile.width;
-    const int64_t entry = rows.entry(item, r);
+    const int64_t entry = entry_of(item, rows, r);
     if (item.first_part < 0) {
-      const int64_t row = call.work->tokens[entry] * call.num_query_heads + rows.head(r);
+      const int64_t row = call.work->tokens[entry] * call.num_query_heads + head_of(rows, r);
       write_row(call.out + row * head_dim, sums, _mm512_set1_ps(1.0f / weight), head_dim);
     } else {
       const int64_t part = item.first_part + entry - item.first_token;
-      const int64_t row = part * call.num_query_heads + rows.head(r);
+      const int64_t row = part * call.num_query_heads + head_of(rows, r);
       write_row(call.parts + row * head_dim, sums, _mm512_set1_ps(1.0f), head_dim);
       call.part_stats[2 * row] = tile.greatest[r];
       call.part_stats[2 * row + 1] = weight;

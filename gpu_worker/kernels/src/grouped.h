@@ -45,17 +45,7 @@ struct GroupedActivations {
   float* scales;    // (round_up(m, 16), groups)
   float* totals;    // (round_up(m, 16), 2 * groups): sums of 32 activations each, for int4
   int64_t num_groups;
-
-  const Integer* row_values(int64_t row) const { return values + row * num_groups * kGroup; }
-  const float* row_scales(int64_t row) const { return scales + row * num_groups; }
 };
-
-inline int64_t num_groups(int64_t k) { return round_up(k, kGroup) / kGroup; }
-
-template <class Block>
-const Block* column_blocks(const Linear& weight, int64_t column_block) {
-  return reinterpret_cast<const Block*>(weight.packed) + column_block * num_groups(weight.k);
-}
 
 using Int8Activations = GroupedActivations<Int8Block>;
 using Int16Activations = GroupedActivations<Int16Block>;
@@ -64,5 +54,26 @@ using Int16Activations = GroupedActivations<Int16Block>;
 // is not finite gets scales that are not finite.
 Int8Activations quantize_int8(const Linear& weight, const Rows& rows, bool shifted);
 Int16Activations quantize_int16(const Linear& weight, const Rows& rows);
+
+namespace {  // each unit its own copy: they are compiled for different processors
+
+inline int64_t num_groups(int64_t k) { return round_up(k, kGroup) / kGroup; }
+
+template <class Block>
+const Block* column_blocks(const Linear& weight, int64_t column_block) {
+  return reinterpret_cast<const Block*>(weight.packed) + column_block * num_groups(weight.k);
+}
+
+template <class Block>
+const typename Block::Integer* row_values(const GroupedActivations<Block>& x, int64_t row) {
+  return x.values + row * x.num_groups * kGroup;
+}
+
+template <class Block>
+const float* row_scales(const GroupedActivations<Block>& x, int64_t row) {
+  return x.scales + row * x.num_groups;
+}
+
+}  // namespace
 
 }  // namespace fb

@@ -7,6 +7,7 @@
 
 #include "grouped.h"
 #include "hadamard_avx512.h"
+#include "row_blocks_avx512.h"
 #include "source_avx512.h"
 #include "store_avx512.h"
 #include "threads.h"
@@ -14,8 +15,6 @@
 namespace fb {
 namespace {
 
-constexpr int kBlockRows = 6;
-constexpr int64_t kRowsPerTask = 252;  // their activations stay in the second-level cache
 constexpr int kVectorsPerGroup = kGroup / 16;
 
 template <class Block>
@@ -103,8 +102,8 @@ void multiply_block(const Block* blocks, const GroupedActivations<Block>& x, int
   for (int r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
   for (int64_t g = 0; g < x.num_groups; ++g) {
     const Block& block = blocks[g];
-    const auto* values = x.row_values(row) + g * kGroup;
-    const float* scales = x.row_scales(row) + g;
+    const auto* values = row_values(x, row) + g * kGroup;
+    const float* scales = row_scales(x, row) + g;
     const int64_t stride = x.num_groups * kGroup;
     __m512i products[kRows][2];
 #pragma GCC unroll 2
@@ -157,22 +156,8 @@ void multiply_rows(const Linear& weight, const Rows& rows, const GroupedActivati
 template <class Block>
 void multiply(const Linear& weight, const Rows& rows, const GroupedActivations<Block>& x) {
   const int64_t num_blocks = round_up(weight.n, kGroupedColumns) / kGroupedColumns;
-  const int64_t num_row_parts = round_up(rows.m, kRowsPerTask) / kRowsPerTask;
-  parallel_ranges(num_blocks * num_row_parts, [&](int64_t first_task, int64_t last_task) {
-    for (int64_t task = first_task; task < last_task; ++task) {
-      const int64_t block = task % num_blocks, start = task / num_blocks * kRowsPerTask;
-      const int64_t end = rows.m < start + kRowsPerTask ? rows.m : start + kRowsPerTask;
-      for (int64_t row = start; row < end; row += kBlockRows) {
-        switch (end - row) {
-          case 1: multiply_rows<Block, 1>(weight, rows, x, row, block); break;
-          case 2: multiply_rows<Block, 2>(weight, rows, x, row, block); break;
-          case 3: multiply_rows<Block, 3>(weight, rows, x, row, block); break;
-          case 4: multiply_rows<Block, 4>(weight, rows, x, row, block); break;
-          case 5: multiply_rows<Block, 5>(weight, rows, x, row, block); break;
-          default: multiply_rows<Block, 6>(weight, rows, x, row, block);
-        }
-      }
-    }
+  multiply_small_row_blocks(rows.m, num_blocks, [&]<int kRows>(int64_t row, int64_t block) {
+    multiply_rows<Block, kRows>(weight, rows, x, row, block);
   });
 }
 

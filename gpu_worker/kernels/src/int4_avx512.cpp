@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "grouped.h"
+#include "row_blocks_avx512.h"
 #include "source_avx512.h"
 #include "store_avx512.h"
 #include "threads.h"
@@ -16,8 +17,6 @@
 namespace fb {
 namespace {
 
-constexpr int kBlockRows = 6;
-constexpr int64_t kRowsPerTask = 252;  // their activations stay in the second-level cache
 constexpr int kNibbles = 4;  // in a word of 16 bits: those of as many steps of the dot product
 constexpr int kWordsOfInputs = kInt4Group / 2 / kNibbles;
 
@@ -64,8 +63,8 @@ void multiply_rows(const Linear& weight, const Rows& rows, const Int16Activation
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
   for (int64_t b = 0; b < num_blocks; ++b) {
-    const int16_t* values = x.row_values(row) + b * kInt4Group;
-    const float* scales = x.row_scales(row) + b / 2;
+    const int16_t* values = row_values(x, row) + b * kInt4Group;
+    const float* scales = row_scales(x, row) + b / 2;
     const float* totals = x.totals + row * num_blocks + b;
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
@@ -142,22 +141,8 @@ void pack_int4(const Linear& shape, const Source& source, uint8_t* packed) {
 void multiply_int4(const Linear& weight, const Rows& rows) {
   const Int16Activations x = quantize_int16(weight, rows);
   const int64_t num_blocks = round_up(weight.n, kGroupedColumns) / kGroupedColumns;
-  const int64_t num_row_parts = round_up(rows.m, kRowsPerTask) / kRowsPerTask;
-  parallel_ranges(num_blocks * num_row_parts, [&](int64_t first_task, int64_t last_task) {
-    for (int64_t task = first_task; task < last_task; ++task) {
-      const int64_t block = task % num_blocks, start = task / num_blocks * kRowsPerTask;
-      const int64_t end = rows.m < start + kRowsPerTask ? rows.m : start + kRowsPerTask;
-      for (int64_t row = start; row < end; row += kBlockRows) {
-        switch (end - row) {
-          case 1: multiply_rows<1>(weight, rows, x, row, block); break;
-          case 2: multiply_rows<2>(weight, rows, x, row, block); break;
-          case 3: multiply_rows<3>(weight, rows, x, row, block); break;
-          case 4: multiply_rows<4>(weight, rows, x, row, block); break;
-          case 5: multiply_rows<5>(weight, rows, x, row, block); break;
-          default: multiply_rows<6>(weight, rows, x, row, block);
-        }
-      }
-    }
+  multiply_small_row_blocks(rows.m, num_blocks, [&]<int kRows>(int64_t row, int64_t block) {
+    multiply_rows<kRows>(weight, rows, x, row, block);
   });
 }
 

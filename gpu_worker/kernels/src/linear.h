@@ -50,8 +50,6 @@ struct Source {
   bool gated;  // gates over ups, to be packed in turns
 };
 
-constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
-
 constexpr int64_t kGateColumns = 16;
 constexpr int64_t kPanelColumns = 64;  // of float32 and bfloat16 panels
 constexpr int64_t kGroup = 64;         // inputs that share a scale
@@ -78,5 +76,11 @@ int64_t bfloat16_tiles_bytes(const Linear& shape);
 void pack_bfloat16_tiles(const Linear& shape, const Source& source, uint8_t* packed);
 void multiply_bfloat16_tiles(const Linear& weight, const Rows& rows);
 void multiply_int8_amx(const Linear& weight, const Rows& rows);
+
+namespace {  // each unit its own copy: they are compiled for different processors
+
+constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+}  // namespace
 
 }  // namespace fb

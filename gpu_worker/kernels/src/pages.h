@@ -16,10 +16,14 @@ struct Pages {
   int64_t block_size;    // slots
   int64_t block_stride;  // from a block to the next one
   int64_t head_stride;   // from a head to the next one
-
-  int64_t slot_offset(int64_t block, int64_t head, int64_t slot) const {
-    return block * block_stride + head * head_stride + slot * head_dim;
-  }
 };
+
+namespace {  // each unit its own copy: they are compiled for different processors
+
+inline int64_t slot_offset(const Pages& pages, int64_t block, int64_t head, int64_t slot) {
+  return block * pages.block_stride + head * pages.head_stride + slot * pages.head_dim;
+}
+
+}  // namespace
 
 }  // namespace fb

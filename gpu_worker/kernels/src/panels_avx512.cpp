@@ -8,6 +8,7 @@
 
 #include <cstring>
 
+#include "row_blocks_avx512.h"
 #include "source_avx512.h"
 #include "store_avx512.h"
 #include "threads.h"
@@ -15,9 +16,7 @@
 namespace fb {
 namespace {
 
-constexpr int kBlockRows = 6;
 constexpr int kVectors = kPanelColumns / 16;
-constexpr int64_t kRowsPerTask = 252;  // their activations stay in the second-level cache
 
 struct Float32 {
   using Stored = float;
@@ -71,25 +70,11 @@ void multiply_block(const typename Number::Stored* panel, const Linear& weight, 
 
 template <class Number>
 void multiply(const Linear& weight, const Rows& rows) {
-  using Stored = typename Number::Stored;
-  const auto* packed = reinterpret_cast<const Stored*>(weight.packed);
+  const auto* packed = reinterpret_cast<const typename Number::Stored*>(weight.packed);
   const int64_t num_panels = round_up(weight.n, kPanelColumns) / kPanelColumns;
-  const int64_t num_row_parts = round_up(rows.m, kRowsPerTask) / kRowsPerTask;
-  parallel_for(num_panels * num_row_parts, [&](int64_t task) {
-    const int64_t column = task % num_panels * kPanelColumns;
-    const int64_t start = task / num_panels * kRowsPerTask;
-    const int64_t end = rows.m < start + kRowsPerTask ? rows.m : start + kRowsPerTask;
-    const Stored* panel = packed + column * weight.k;
-    for (int64_t row = start; row < end; row += kBlockRows) {
-      switch (end - row) {
-        case 1: multiply_block<Number, 1>(panel, weight, rows, row, column); break;
-        case 2: multiply_block<Number, 2>(panel, weight, rows, row, column); break;
-        case 3: multiply_block<Number, 3>(panel, weight, rows, row, column); break;
-        case 4: multiply_block<Number, 4>(panel, weight, rows, row, column); break;
-        case 5: multiply_block<Number, 5>(panel, weight, rows, row, column); break;
-        default: multiply_block<Number, 6>(panel, weight, rows, row, column);
-      }
-    }
+  multiply_row_blocks(rows.m, num_panels, [&]<int kRows>(int64_t row, int64_t panel) {
+    const int64_t column = panel * kPanelColumns;
+    multiply_block<Number, kRows>(packed + column * weight.k, weight, rows, row, column);
   });
 }
 

@@ -75,7 +75,7 @@ void rotate_token(const Rotation& r, int64_t token) {
   const int64_t slot = r.slots[token] % pages.block_size;
   alignas(64) float normalized[kMaxHeadDim];
   for (int64_t kv = 0; kv < pages.num_kv_heads; ++kv, head += head_dim) {
-    const int64_t offset = pages.slot_offset(block, kv, slot);
+    const int64_t offset = slot_offset(pages, block, kv, slot);
     auto* key = static_cast<typename Element::Stored*>(r.keys) + offset;
     auto* value = static_cast<typename Element::Stored*>(r.values) + offset;
     const float* source = head;

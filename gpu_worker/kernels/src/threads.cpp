@@ -43,7 +43,6 @@ struct Pool {
 
 Pool pool;
 int wanted_threads = 1;
-pid_t pool_pid = 0;
 
 void futex_wait(std::atomic<uint32_t>& word, uint32_t seen) {
   syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
@@ -93,14 +92,21 @@ void announce() {
   if (pool.num_sleeping.load() > 0) futex_wake_all(pool.generation);
 }
 
+// A child of fork has one thread, the one that called fork. The others, which may have been
+// anywhere in a loop, are gone.
+void forget_threads() {
+  pthread_mutex_init(&pool.callers, nullptr);
+  pool.num_workers = 0;
+  pool.open.store(false);
+  pool.num_inside.store(0);
+  pool.num_sleeping.store(0);
+}
+
+// When the library is loaded: the handler must be there before any thread.
+const bool is_fork_watched = pthread_atfork(nullptr, nullptr, forget_threads) == 0;
+
 void start_workers() {
-  // A child of fork has none of its parent's threads.
-  if (pool_pid != getpid()) {
-    pool_pid = getpid();
-    pool.num_workers = 0;
-    pool.num_inside.store(0);
-    pool.num_sleeping.store(0);
-  }
+  if (!is_fork_watched) return;  // callers compute alone
   const int num_wanted = wanted_threads - 1;
   pool.num_wanted.store(num_wanted);
   if (pool.num_workers > num_wanted) {
@@ -155,5 +161,6 @@ void* scratch(Scratch slot, size_t size_bytes) {
 
 extern "C" void fb_set_num_threads(int64_t num_threads) {
   if (num_threads < 1) num_threads = 1;
-  fb::wanted_threads = static_cast<int>(num_threads < fb::kMaxThreads ? num_threads : fb::kMaxThreads);
+  if (num_threads > fb::kMaxThreads) num_threads = fb::kMaxThreads;
+  fb::wanted_threads = static_cast<int>(num_threads);
 }

@@ -11,6 +11,7 @@
 #include "source_avx512.h"
 #include "store_avx512.h"
 #include "threads.h"
+#include "tiles_in_use_amx.h"
 
 namespace fb {
 namespace {
@@ -23,23 +24,6 @@ constexpr int64_t kRowsPerTask = 512;     // fewer would have weights come from 
 constexpr int64_t kPartsPerThread = 3;
 constexpr int64_t kBlocksAtOnce = 4;      // of 32 columns
 constexpr int64_t kActivationTiles = 36;  // of 1 KiB
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// Tiles are set up while this lives: a thread that has them in use is dearer to switch.
-struct TilesInUse {
-  TilesInUse() {
-    const TileConfig config;
-    _tile_loadconfig(&config);
-  }
-  ~TilesInUse() { _tile_release(); }
-};
 
 // Activations as tiles of bfloat16: (row tiles, steps, terms, 16 rows, 32 inputs), each x being the
 // sum of its terms, to 8 bits more with every one.
@@ -160,7 +144,7 @@ void add_products(const Terms& x, int64_t row, int64_t first_step, int64_t last_
 template <bool kSecond>
 void multiply_int8_group(const Int8Block& block, int half, const Int8Activations& x,
                          int64_t row, int64_t group, int32_t* products) {
-  _tile_loadd(4, x.row_values(row) + group * kGroup, x.num_groups * kGroup);
+  _tile_loadd(4, row_values(x, row) + group * kGroup, x.num_groups * kGroup);
   _tile_loadd(6, block.weights[half], 64);
   // The intrinsics want the register's number in so many words.
   if constexpr (kSecond) {
@@ -177,7 +161,7 @@ void multiply_int8_group(const Int8Block& block, int half, const Int8Activations
 void add_group(const Int8Block& block, int half, const Int8Activations& x,
                int64_t row, int64_t group, const int32_t* products, __m512* sums) {
   const __m512 column_scales = _mm512_load_ps(block.scales + half * 16);
-  const float* scales = x.row_scales(row) + group;
+  const float* scales = row_scales(x, row) + group;
 #pragma GCC unroll 16
   for (int r = 0; r < kTileRows; ++r) {
     const __m512 product = _mm512_cvtepi32_ps(_mm512_load_si512(products + r * 16));
