@@ -16,7 +16,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import subprocess
 import tempfile
@@ -29,6 +28,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from benchmarks.machine import machine
 from benchmarks.startup import drop_from_cache
 
 SIZES = (1, 2)
@@ -69,7 +69,7 @@ def main() -> None:
                 seconds[f"tp{size}"].append(load_s(checkpoint, size, arguments.dtype))
     report: dict[str, Any] = {
         "benchmark": "checkpoint_loading",
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "machine": machine(),
         "size_gb": size_bytes / 1e9,
         "dtype": arguments.dtype,
         "rounds": arguments.rounds,

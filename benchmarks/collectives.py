@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.process_tree import running
 from gpu_worker.collectives.interface import Collectives
 from gpu_worker.collectives.shared_memory import SharedMemoryCollectives
 from gpu_worker.collectives.torch_distributed import TorchCollectives
@@ -99,7 +100,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as directory:
         command = [sys.executable, "-m", "benchmarks.collectives", "--follow", directory]
-        with subprocess.Popen([*command, "--rounds", str(arguments.rounds)]):
+        command += ["--rounds", str(arguments.rounds)]
+        with running(command):
             measured = _measure_as(0, Path(directory), arguments.rounds)
     _print(measured)
 

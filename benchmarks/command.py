@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from benchmarks.drivers import ROOT, DriverError
-from benchmarks.processes import cpu_seconds, peak_bytes
+from benchmarks.drivers import DriverError
+from benchmarks.process_tree import children_cpu_s, running
+from benchmarks.processes import MIB, cpu_seconds, peak_bytes
+from benchmarks.tables import say
 from benchmarks.workloads import Workload, write_workload
 
-WATCH_S = 0.25
+_WATCH_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,46 +28,98 @@ class CommandRun:
     """One run of `forebay run-batch`.
 
     `wall_s` is from starting the command until its last process has ended, `first_answer_s` until
-    the output file has a row. `peak_bytes` is None if nobody watched the processes, which takes
-    time from them.
+    the output file has a row; `num_tokens` were generated, by custom_id. `peak_bytes` is None if
+    nobody watched the processes, which takes time from them.
     """
 
     first_answer_s: float
     wall_s: float
     cpu_s: float
+    num_tokens: Mapping[str, int]
     peak_bytes: int | None
     cpu_by_kind_s: Mapping[str, float] | None
 
+    @property
+    def output_tokens_per_s(self) -> float:
+        """Over the whole time."""
+        return sum(self.num_tokens.values()) / self.wall_s
 
-def run_command(
-    model: Path, flags: Sequence[str], workload: Workload, *, watch: bool = False
+
+def measure_workload(
+    model: str, flags: Sequence[str], workload: Workload, num_rounds: int
+) -> dict[str, Any]:
+    """Figures of the command on the workload, see `_measure`. Raises DriverError."""
+    return _measure(partial(run_workload, model, flags, workload), workload.name, num_rounds)
+
+
+def measure_file(
+    model: str, flags: Sequence[str], input_path: Path, num_rounds: int
+) -> dict[str, Any]:
+    """Figures of the command on a file of batch rows, see `_measure`. Raises DriverError."""
+    return _measure(partial(run_file, model, flags, input_path), input_path.name, num_rounds)
+
+
+def _measure(run: Callable[..., CommandRun], name: str, num_rounds: int) -> dict[str, Any]:
+    """Medians of `num_rounds` timed runs after one that is watched, for memory and CPU by kind."""
+    watched = run(watch=True)
+    runs: list[CommandRun] = []
+    for i in range(num_rounds):
+        runs.append(run())
+        say(f"{name} round {i + 1} command: {runs[-1].wall_s:.2f} s")
+    assert watched.peak_bytes is not None
+    walls = [run.wall_s for run in runs]
+    medians = {
+        field: round(statistics.median(getattr(run, field) for run in runs), 3)
+        for field in ("wall_s", "first_answer_s", "cpu_s", "output_tokens_per_s")
+    }
+    return {
+        **medians,
+        "wall_min_s": round(min(walls), 3),
+        "wall_max_s": round(max(walls), 3),
+        "peak_mib": round(watched.peak_bytes / MIB, 1),
+        "cpu_by_kind_s": {k: round(s, 2) for k, s in (watched.cpu_by_kind_s or {}).items()},
+    }
+
+
+def run_workload(
+    model: str, flags: Sequence[str], workload: Workload, *, watch: bool = False
 ) -> CommandRun:
-    """Run the workload's file through the command. Raises DriverError if a row has no answer."""
+    """Run the workload's rows through the command.
+
+    Raises DriverError if a row has no answer, or one of another length than it asks for.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        input_path, output_path = Path(folder) / "in.jsonl", Path(folder) / "out.jsonl"
+        input_path = Path(folder) / "in.jsonl"
         write_workload(workload, input_path)
+        run = run_file(model, flags, input_path, watch=watch)
+    for row in workload.rows:
+        if run.num_tokens.get(row.custom_id) != row.num_output_tokens:
+            raise DriverError(f"{row.custom_id} has {run.num_tokens.get(row.custom_id)} tokens")
+    return run
+
+
+def run_file(
+    model: str, flags: Sequence[str], input_path: Path, *, watch: bool = False
+) -> CommandRun:
+    """Run a file of batch rows through the command. Raises DriverError if a row has failed."""
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:
+        output_path = Path(folder) / "out.jsonl"
         output_path.touch()
-        words = ["--input", str(input_path), "--output", str(output_path), "--restart"]
-        words += ["--model", str(model), *flags]
-        with tempfile.TemporaryFile() as log:
-            cpu_before_s, started_s = _children_cpu_s(), time.monotonic()
-            process = subprocess.Popen(
-                [sys.executable, "-m", "forebay", "run-batch", *words],
-                stdout=log,
-                stderr=log,
-                cwd=ROOT,
-            )
+        command = [sys.executable, "-m", "forebay", "run-batch", "--restart", "--model", model]
+        command += ["--input", str(input_path.absolute()), "--output", str(output_path), *flags]
+        cpu_before_s, started_s = children_cpu_s(), time.monotonic()
+        with running(command, stdout=log, stderr=log) as process:
             first_answer_s, peak, kinds = _follow(process, output_path, started_s, watch)
-            wall_s = time.monotonic() - started_s
-            if process.returncode:
-                log.seek(0)
-                said = log.read().decode(errors="replace")[-2000:]
-                raise DriverError(f"forebay run-batch exited ({process.returncode}): {said}")
-        _check(workload, output_path)
+        wall_s = time.monotonic() - started_s
+        if process.returncode:
+            log.seek(0)
+            said = log.read().decode(errors="replace")[-2000:]
+            raise DriverError(f"forebay run-batch exited ({process.returncode}): {said}")
         return CommandRun(
             first_answer_s=first_answer_s,
             wall_s=wall_s,
-            cpu_s=_children_cpu_s() - cpu_before_s,
+            cpu_s=children_cpu_s() - cpu_before_s,
+            num_tokens=_num_tokens(output_path),
             peak_bytes=peak,
             cpu_by_kind_s=kinds,
         )
@@ -84,26 +140,18 @@ def _follow(
             peak = max(peak, peak_bytes(process.pid))
             for kind, seconds in cpu_seconds(process.pid).items():
                 kinds[kind] = max(seconds, kinds.get(kind, 0.0))
-            next_look_s = now_s + WATCH_S
+            next_look_s = now_s + _WATCH_S
         time.sleep(0.01)
     ended_s = time.monotonic() - started_s
     first_s = ended_s if first_answer_s is None else first_answer_s
     return first_s, peak if watch else None, kinds if watch else None
 
 
-def _check(workload: Workload, output: Path) -> None:
-    wanted = {row.custom_id: row.num_output_tokens for row in workload.rows}
+def _num_tokens(output: Path) -> dict[str, int]:
+    counts = {}
     for line in output.read_text().splitlines():
         answer = json.loads(line)
-        response = answer["response"]
-        got = response["body"]["usage"]["completion_tokens"] if response else 0
-        if wanted.pop(answer["custom_id"], None) != got:
-            raise DriverError(f"{answer['custom_id']} has {got} tokens: {answer['error']}")
-    if wanted:
-        raise DriverError(f"{len(wanted)} rows have no answer")
-
-
-def _children_cpu_s() -> float:
-    """CPU seconds of all children that have ended, and of theirs."""
-    times = os.times()
-    return times.children_user + times.children_system
+        if answer["error"] is not None:
+            raise DriverError(f"{answer['custom_id']} has failed: {answer['error']}")
+        counts[answer["custom_id"]] = answer["response"]["body"]["usage"]["completion_tokens"]
+    return counts

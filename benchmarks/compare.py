@@ -33,12 +33,13 @@ from benchmarks.arguments import (
     engine_words,
     workload_names,
 )
+from benchmarks.command import measure_workload
 from benchmarks.contenders import PIPELINE, ours, peer_drivers
 from benchmarks.drivers import Driver, DriverError
 from benchmarks.peer_environments import PEERS
+from benchmarks.report import header, title, workload_facts
 from benchmarks.tables import print_table, seconds, shares
-from benchmarks.throughput import measure_command
-from benchmarks.turns import Scores, machine, take_turns
+from benchmarks.turns import Scores, take_turns
 from benchmarks.workloads import Workload
 
 
@@ -91,13 +92,7 @@ def compare(arguments: argparse.Namespace, words: list[str]) -> dict[str, Any]:
         )
         contenders = {driver.name: _about(driver) for driver in drivers}
     return {
-        "benchmark": "compare",
-        "machine": machine(),
-        "model": arguments.model.name,
-        "engine_flags": words[2:],
-        "requests_from": str(arguments.work) if arguments.work else f"seed {arguments.seed}",
-        "limit": arguments.limit,
-        "num_rounds": arguments.rounds,
+        **header("compare", arguments, words[2:]),
         "contenders": contenders,
         "workloads": {
             name: _compared(workloads[name], scores, arguments.reference) for name in names
@@ -126,9 +121,7 @@ def _compared(workload: Workload, scores: Scores, reference_path: Path | None) -
     with_fastest = agreement(peers[fastest].rounds[-1].outputs, our_outputs)
     assert with_fastest is not None, "both ran the same requests"
     return {
-        "num_requests": len(workload.rows),
-        "num_prompt_tokens": workload.num_prompt_tokens,
-        "num_output_tokens": workload.num_output_tokens,
+        **workload_facts(workload),
         **{name: score.report(workload, reference) for name, score in by_contender.items()},
         "ratio": {name: round(our_score.wall_s / s.wall_s, 3) for name, s in peers.items()},
         "fastest_peer": fastest,
@@ -150,7 +143,7 @@ def _command(
 
     That favours the peer: its start ends when it is ready, and it writes no file.
     """
-    figures = measure_command(arguments.model, flags, workload, arguments.rounds)
+    figures = measure_workload(str(arguments.model), flags, workload, arguments.rounds)
     ratios = {}
     for name, score in scores[workload.name].items():
         if name != PIPELINE:
@@ -161,7 +154,7 @@ def _command(
 
 def print_report(report: dict[str, Any]) -> None:
     """The tables."""
-    print(f"{report['model']} {' '.join(report['engine_flags'])} on {report['machine']}")
+    print(title(report))
     rows = []
     for name, of_workload in report["workloads"].items():
         for contender in report["contenders"]:

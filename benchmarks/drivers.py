@@ -14,9 +14,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+from benchmarks.process_tree import ROOT, end_tree
 from benchmarks.processes import cpu_seconds, peak_bytes
 
-ROOT = Path(__file__).parents[1]
 _TAIL_BYTES = 2000
 _STOP_TIMEOUT_S = 60.0
 
@@ -56,22 +56,23 @@ class Driver:
         self.versions: Mapping[str, str] = {}
         self._command = list(command)
         self._environment = {**os.environ, **(environment or {})}
-        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
         self._process: subprocess.Popen[str] | None = None
+        self._log: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
         """Start it, and wait until it is ready. Raises DriverError."""
         started_s = time.perf_counter()
-        self._process = subprocess.Popen(
-            self._command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            cwd=ROOT,
-            env=self._environment,
-        )
+        self._log = tempfile.TemporaryFile()
         try:
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                text=True,
+                cwd=ROOT,
+                env=self._environment,
+            )
             ready = self._receive("ready")
         except BaseException:
             self._stop()
@@ -116,28 +117,29 @@ class Driver:
         assert self._process is not None
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        message = json.loads(line) if line.strip() else {}
+        message = json.loads(line) if line.endswith("\n") else {}  # half a line: it has ended
         if answer not in message:
             why = message.get("error") or f"it ended; the last that it wrote:\n{self._tail()}"
             raise DriverError(f"{self.name}: {why}")
         return message[answer]
 
     def _tail(self) -> str:
+        assert self._log is not None
         size = self._log.seek(0, os.SEEK_END)
         self._log.seek(max(0, size - _TAIL_BYTES))
         return self._log.read().decode(errors="replace")
 
     def _stop(self) -> None:
-        process = self._process
-        if process is not None:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.close()
-            try:
-                process.wait(_STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            process.stdout.close()
-        self._log.close()
+        assert self._log is not None
+        with self._log:
+            if self._process is not None:
+                # Waits for its end, after the end of the orders; then closes the other stream.
+                with self._process as process:
+                    try:
+                        assert process.stdin is not None
+                        with contextlib.suppress(BrokenPipeError):
+                            process.stdin.close()
+                        with contextlib.suppress(subprocess.TimeoutExpired):
+                            process.wait(_STOP_TIMEOUT_S)
+                    finally:
+                        end_tree(process)

@@ -18,7 +18,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Mapping
@@ -26,9 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 from redis.asyncio import Redis
 
+from benchmarks.machine import machine
+from benchmarks.processes import cpu_seconds
 from forebay.local import local_pipeline
 from forebay.paths import run_directory
 from producer import Producer
@@ -38,14 +38,6 @@ from service.settings import LocalSettings
 NUM_WARM_UP = 32
 NUM_PROMPT_BYTES = 148
 """The stub has one token for each byte; the mixed workload's prompts have as many on average."""
-
-KINDS = {
-    "gpu_worker.rank": "rank",
-    "gpu_worker": "orchestrator",
-    "scheduler": "scheduler",
-}
-THE_COMMAND = "command"
-BROKER = "broker"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,28 +112,13 @@ async def _snapshot(client: Redis) -> Snapshot:
     totals: Mapping[str, Any] = await client.info("stats")
     return Snapshot(
         wall_s=time.monotonic(),
-        cpu_s=_cpu_by_kind(),
+        # The system counts in hundredths of a second, Python's own clock finer.
+        cpu_s={**cpu_seconds(os.getpid()), "command": time.process_time()},
         num_calls={
             name.removeprefix("cmdstat_"): counts["calls"] for name, counts in statistics.items()
         },
         num_reads=totals["total_reads_processed"],
     )
-
-
-def _cpu_by_kind() -> dict[str, float]:
-    own = psutil.Process()
-    cpu_s = {THE_COMMAND: time.process_time()}
-    for child in own.children(recursive=True):
-        times = child.cpu_times()
-        kind = _kind_of(child.cmdline())
-        cpu_s[kind] = cpu_s.get(kind, 0.0) + times.user + times.system
-    return cpu_s
-
-
-def _kind_of(command: list[str]) -> str:
-    if "-m" not in command:
-        return BROKER
-    return KINDS[command[command.index("-m") + 1]]
 
 
 def summarize(
@@ -150,7 +127,7 @@ def summarize(
     """The differences, by request and by token."""
     num_requests, num_tokens = arguments.requests, arguments.requests * arguments.tokens
     wall_s = after.wall_s - before.wall_s
-    cpu_s = {kind: after.cpu_s[kind] - before.cpu_s[kind] for kind in after.cpu_s}
+    cpu_s = {kind: s - before.cpu_s.get(kind, 0.0) for kind, s in after.cpu_s.items()}
     # The rank is the model's own process; the stub in it, too, makes tokens one by one.
     total_s = sum(seconds for kind, seconds in cpu_s.items() if kind != "rank")
     calls = {
@@ -159,7 +136,7 @@ def summarize(
     }
     return {
         "benchmark": "orchestration",
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "machine": machine(),
         "num_requests": num_requests,
         "num_output_tokens": num_tokens,
         "concurrency": arguments.concurrency,

@@ -75,7 +75,7 @@ each shared beginning first: without it, requests that come together share nothi
 _TRANSFORMERS = """
 The environment with this project's `dev` extra will do; or:
 python3 -m venv PEERS/transformers
-PEERS/transformers/bin/pip install torch transformers
+PEERS/transformers/bin/pip install torch transformers psutil    # psutil: to find free memory
 
 python -m benchmarks.export_checkpoint --model model.gguf --out PEERS/model-hf
 python -m benchmarks.compare --model model.gguf \\
@@ -89,7 +89,9 @@ PEERS/llama-cpp/bin/pip install xllamacpp==2026.10.11549
 python -m benchmarks.compare --model model.gguf \\
     --peer llama-cpp --peer-python PEERS/llama-cpp/bin/python --peer-model model.gguf
 
-A Q4_0 file is faster there than a Q4_1 one. `--peer-flags="--slots 8"` suits long prompts.
+The package's wheel uses no instructions above AVX2: before you judge its speed, build it from its
+repository, on the machine itself. A Q4_0 file is faster there than a Q4_1 one.
+`--peer-flags="--slots 8"` suits long prompts.
 """
 
 PEERS = {

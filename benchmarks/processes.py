@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
+from benchmarks.process_tree import tree
+
 _KIB = 1024
+MIB = 1024 * 1024
 
 _KINDS = {
     "gpu_worker.rank": "rank",
@@ -16,6 +18,7 @@ _KINDS = {
     "scheduler": "scheduler",
     "benchmarks.pipeline_driver": "command",
     "benchmarks.engine_driver": "engine",
+    "benchmarks.orchestration": "command",
     "forebay": "command",
 }
 """By the module that Python runs."""
@@ -26,7 +29,7 @@ _BROKERS = ("redis-server", "valkey-server")
 def cpu_seconds(pid: int) -> dict[str, float]:
     """CPU seconds that the process and its living descendants have used so far, by kind."""
     seconds: defaultdict[str, float] = defaultdict(float)
-    for process in _tree(pid):
+    for process in tree(pid):
         try:
             times = process.cpu_times()
             command_line = process.cmdline()
@@ -46,13 +49,15 @@ def peak_bytes(pid: int) -> int:
     which takes 30 ms a GiB: not for timed moments.
     """
     total = 0
-    for process in _tree(pid):
+    for process in tree(pid):
         try:
             proportional = _kib_fields(Path(f"/proc/{process.pid}/smaps_rollup"))["Pss"]
             status = _kib_fields(Path(f"/proc/{process.pid}/status"))
+            total += proportional + status["VmHWM"] - status["VmRSS"]
         except (OSError, KeyError):
-            continue  # it has just ended
-        total += proportional + status["VmHWM"] - status["VmRSS"]
+            # It has just ended: its files are gone or, until its parent has waited for it, hold
+            # nothing about memory.
+            continue
     return total * _KIB
 
 
@@ -64,15 +69,6 @@ def kind_of(command_line: list[str]) -> str:
     if any(broker in part for part in command_line[:2] for broker in _BROKERS):
         return "broker"
     return Path(command_line[0]).name
-
-
-def _tree(pid: int) -> Iterator[psutil.Process]:
-    try:
-        root = psutil.Process(pid)
-        yield root
-        yield from root.children(recursive=True)
-    except psutil.Error:
-        return
 
 
 def _kib_fields(path: Path) -> dict[str, int]:

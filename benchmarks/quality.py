@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -33,6 +31,7 @@ import torch
 from tokenizers import Tokenizer
 
 from benchmarks.agreement import agreement
+from benchmarks.machine import machine
 from benchmarks.quality_measures import LogitComparison
 from benchmarks.quality_text import windows
 from benchmarks.tables import print_table
@@ -80,7 +79,7 @@ def main() -> None:
         log.info("answers_compared", seed=seed, num_prompts=len(rows))
     report: dict[str, Any] = {
         "benchmark": "quality",
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "machine": machine(),
         "model": arguments.model.name,
         "reference": pair.reference.precision.name,
         "candidate": pair.candidate.precision.name,

@@ -26,9 +26,11 @@ import torch
 
 from benchmarks import collectives
 from benchmarks.flags import worker_settings
-from benchmarks.shard_compute import Load, LoneShard, median_seconds
-from benchmarks.turns import load as machine_load
-from benchmarks.turns import machine, say
+from benchmarks.machine import load as machine_load
+from benchmarks.machine import machine
+from benchmarks.scaling_model import Load
+from benchmarks.shard_compute import LoneShard, median_seconds
+from benchmarks.tables import say
 from gpu_worker.kernels import library as kernels
 from gpu_worker.models.config import ModelConfig
 from gpu_worker.rank_group import RankGroup, open_ranks

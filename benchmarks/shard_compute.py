@@ -10,31 +10,16 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.scaling_model import Load
 from gpu_worker.model_runner import ModelRunner
 from gpu_worker.rank_options import RankOptions
 from gpu_worker.step_plan import StepPlan
 from gpu_worker.tensor_parallel import TensorParallelGroup
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """A step: `num_seqs` sequences with `num_new` tokens each, the last at `context_len`."""
-
-    name: str
-    num_seqs: int
-    num_new: int
-    context_len: int
-
-    @property
-    def num_tokens(self) -> int:
-        """Rows of the step."""
-        return self.num_seqs * self.num_new
 
 
 class FreeExchanges:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,9 @@ import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+
+from benchmarks.machine import machine
+from benchmarks.process_tree import children_cpu_s, running
 
 PHASES = {
     "broker_s": ("forebay", "broker_started"),
@@ -57,7 +59,7 @@ def main() -> None:
     rounds = [run_once(command, prepare) for _ in range(1 + arguments.rounds)][1:]
     report = {
         "benchmark": "startup",
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "machine": machine(),
         "model": arguments.model.name,
         "cache": "cold" if arguments.cold else "warm",
         "flags": arguments.flags,
@@ -78,24 +80,21 @@ def run_once(command: list[str], prepare: Callable[[], None]) -> dict[str, float
         output.touch()
         prepare()
         with paths["log"].open("wb") as log:
-            started_s, cpu_before_s = time.time(), _children_cpu_s()
-            process = subprocess.Popen(
-                [*command, "--input", str(paths["in.jsonl"]), "--output", str(output)],
-                stdout=subprocess.DEVNULL,
-                stderr=log,
-            )
-            while not output.stat().st_size and process.poll() is None:
-                time.sleep(POLL_S)
-            first_token_s = time.time() - started_s
-            status = process.wait(TIMEOUT_S)
+            started_s, cpu_before_s = time.time(), children_cpu_s()
+            words = [*command, "--input", str(paths["in.jsonl"]), "--output", str(output)]
+            with running(words, stdout=subprocess.DEVNULL, stderr=log) as process:
+                while not output.stat().st_size and process.poll() is None:
+                    time.sleep(POLL_S)
+                first_token_s = time.time() - started_s
+                process.wait(TIMEOUT_S)
         lines = paths["log"].read_text().splitlines()
-        if status:
+        if process.returncode:
             sys.exit("the run failed: " + "\n".join(lines)[-2000:])
         ends_s = phase_ends(lines)
     return {
         **{name: end_s - started_s for name, end_s in ends_s.items()},
         "first_token_s": first_token_s,
-        "cpu_s": _children_cpu_s() - cpu_before_s,
+        "cpu_s": children_cpu_s() - cpu_before_s,
     }
 
 
@@ -119,12 +118,6 @@ def drop_from_cache(path: Path) -> None:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
-
-
-def _children_cpu_s() -> float:
-    """CPU seconds of all children that have ended, and of theirs."""
-    times = os.times()
-    return times.children_user + times.children_system
 
 
 if __name__ == "__main__":

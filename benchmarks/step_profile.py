@@ -34,9 +34,9 @@ from benchmarks.arguments import (
 )
 from benchmarks.engine_driver import BareEngine
 from benchmarks.flags import worker_settings
+from benchmarks.machine import machine
 from benchmarks.peers.channel import Request
 from benchmarks.tables import print_table
-from benchmarks.turns import machine
 from benchmarks.workloads import WARM_UP, Workload
 from cache.pages import KVPages
 from gpu_worker.engine.sharded import ShardedEngine

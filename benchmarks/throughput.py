@@ -24,7 +24,6 @@ import statistics
 import sys
 import tempfile
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +34,12 @@ from benchmarks.arguments import (
     engine_words,
     workload_names,
 )
-from benchmarks.command import CommandRun, run_command
+from benchmarks.command import measure_workload
 from benchmarks.contenders import BARE, PIPELINE, ours
 from benchmarks.drivers import DriverError
+from benchmarks.report import header, title, workload_facts
 from benchmarks.tables import print_table, seconds, shares
-from benchmarks.turns import MIB, Score, Scores, machine, say, take_turns
-from benchmarks.workloads import Workload
+from benchmarks.turns import Score, Scores, take_turns
 
 
 def main() -> None:
@@ -75,13 +74,7 @@ def measure(arguments: argparse.Namespace, words: list[str]) -> dict[str, Any]:
         )
         start_s = {driver.name: round(driver.start_s, 2) for driver in drivers}
     report: dict[str, Any] = {
-        "benchmark": "throughput",
-        "machine": machine(),
-        "model": arguments.model.name,
-        "engine_flags": words[2:],
-        "requests_from": str(arguments.work) if arguments.work else f"seed {arguments.seed}",
-        "limit": arguments.limit,
-        "num_rounds": arguments.rounds,
+        **header("throughput", arguments, words[2:]),
         "ready_after_s": start_s,
         "workloads": {},
     }
@@ -89,14 +82,12 @@ def measure(arguments: argparse.Namespace, words: list[str]) -> dict[str, Any]:
         workload = workloads[name]
         reference = read_reference(arguments.reference, name)
         report["workloads"][name] = {
-            "num_requests": len(workload.rows),
-            "num_prompt_tokens": workload.num_prompt_tokens,
-            "num_output_tokens": workload.num_output_tokens,
+            **workload_facts(workload),
             **{kind: s.report(workload, reference) for kind, s in scores[name].items()},
             "overhead": overhead(scores, name) if arguments.bare else None,
             "command": None
             if arguments.no_command
-            else measure_command(arguments.model, words[2:], workload, arguments.rounds),
+            else measure_workload(str(arguments.model), words[2:], workload, arguments.rounds),
         }
     return report
 
@@ -119,33 +110,9 @@ def _paired(pipeline: Score, bare: Score, field: str) -> float:
     return float(statistics.median(ratios)) - 1
 
 
-def measure_command(
-    model: Path, flags: list[str], workload: Workload, num_rounds: int
-) -> dict[str, Any]:
-    """Medians of `num_rounds` timed runs after one that is watched, for memory and CPU by kind."""
-    watched = run_command(model, flags, workload, watch=True)
-    runs: list[CommandRun] = []
-    for i in range(num_rounds):
-        runs.append(run_command(model, flags, workload))
-        say(f"{workload.name} round {i + 1} command: {runs[-1].wall_s:.2f} s")
-    assert watched.peak_bytes is not None
-    walls = [run.wall_s for run in runs]
-    medians = {
-        field: round(statistics.median(asdict(run)[field] for run in runs), 3)
-        for field in ("wall_s", "first_answer_s", "cpu_s")
-    }
-    return {
-        **medians,
-        "wall_min_s": round(min(walls), 3),
-        "wall_max_s": round(max(walls), 3),
-        "peak_mib": round(watched.peak_bytes / MIB, 1),
-        "cpu_by_kind_s": {k: round(s, 2) for k, s in (watched.cpu_by_kind_s or {}).items()},
-    }
-
-
 def print_report(report: dict[str, Any]) -> None:
     """The tables."""
-    print(f"{report['model']} {' '.join(report['engine_flags'])} on {report['machine']}")
+    print(title(report))
     rows = []
     for name, of_workload in report["workloads"].items():
         for kind in (PIPELINE, BARE, "command"):

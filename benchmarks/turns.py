@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,9 +11,10 @@ from typing import Any
 
 from benchmarks.agreement import Outputs, agreement
 from benchmarks.drivers import Driver, Round
+from benchmarks.machine import load
+from benchmarks.processes import MIB
+from benchmarks.tables import say
 from benchmarks.workloads import WARM_UP, Workload, write_workload
-
-MIB = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,32 +108,3 @@ def _check(contender: str, workload: Workload, outputs: Outputs) -> None:
                 f"{contender} gave {num_tokens} tokens for {row.custom_id} instead of "
                 f"{row.num_output_tokens}"
             )
-
-
-def machine() -> str:
-    """The hardware that a measurement belongs to."""
-    model = platform.processor() or platform.machine()
-    flags: set[str] = set()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = (part.strip() for part in line.partition(":"))
-            if name == "model name":
-                model = value
-            if name == "flags":
-                flags = set(value.split())
-    except OSError:
-        pass  # not Linux
-    wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile")
-    known = [flag for flag in wanted if flag in flags]
-    return f"{os.cpu_count()} cores, {model}{' with ' if known else ''}{', '.join(known)}"
-
-
-def load() -> str:
-    """A warning if other processes seem to use the machine."""
-    busy = os.getloadavg()[0] - (os.cpu_count() or 1)
-    return f" (load average {os.getloadavg()[0]:.1f}: not alone)" if busy > 1 else ""
-
-
-def say(line: str) -> None:
-    """Progress, apart from the results."""
-    print(line, file=sys.stderr, flush=True)

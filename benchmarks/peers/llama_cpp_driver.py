@@ -64,15 +64,14 @@ class LlamaCpp:
                 "temperature": 0.0,
                 "top_k": 1,
                 "ignore_eos": True,
+                # An OpenAI completion holds the token ids only in its verbose part.
                 "return_tokens": True,
+                "verbose": True,
             }
         )
         if answer.get("code") or "error" in answer:
             raise RuntimeError(str(answer)[:500])
-        tokens = answer.get("tokens") or answer.get("__verbose", {}).get("tokens")
-        if tokens is None:
-            raise RuntimeError("the server returned no token ids")
-        return list(tokens)
+        return list(answer["__verbose"]["tokens"])
 
 
 def main() -> None:

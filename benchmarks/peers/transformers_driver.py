@@ -69,8 +69,10 @@ class Transformers:
                 request.prompt, request_id=request.custom_id, max_new_tokens=request.num_tokens
             )
         while len(outputs) < len(requests):
+            # Asked before: the last that it says may be why it stops.
+            was_running = self._manager.is_running()
             result = self._manager.get_result(timeout=1)
-            if result is None and not self._manager.is_running():
+            if result is None and not was_running:
                 raise RuntimeError(f"it stopped after {len(outputs)} of {len(requests)}")
             if result is not None and result.error:
                 raise RuntimeError(result.error)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.command import run_command
+from benchmarks.command import run_workload
 from benchmarks.contenders import BARE, PIPELINE, ours
 from benchmarks.drivers import DriverError
 from benchmarks.workloads import Row, Workload, write_workload
@@ -34,13 +34,14 @@ def test_the_pipeline_answers_one_run_after_another(requests: Path) -> None:
 
 
 def test_the_command_is_timed_to_the_end_of_its_last_process() -> None:
-    run = run_command(Path(STUB), [], WORKLOAD, watch=True)
+    run = run_workload(STUB, [], WORKLOAD, watch=True)
+    assert run.num_tokens == {"a": 4, "b": 2}
     assert 0 < run.first_answer_s <= run.wall_s
     assert run.peak_bytes is not None
     assert run.cpu_by_kind_s is not None
     assert {"command", "broker", "rank"} <= set(run.cpu_by_kind_s)
     with pytest.raises(DriverError, match="no-such-model"):
-        run_command(Path("/no-such-model"), [], WORKLOAD)
+        run_workload("/no-such-model", [], WORKLOAD)
 
 
 @pytest.mark.slow
