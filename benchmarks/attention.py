@@ -1,6 +1,6 @@
 """Paged attention by itself: our kernels against torch's operations, in turns on the same pages.
 
-    python -m benchmarks.attention [--shape smollm2-135m] [--dtype float32] [--threads 2]
+    python -m benchmarks.attention [--shape smollm2-135m] [--pages fp8] [--threads 2]
 
 Times one step's attention over several layers, each of which has pages of its own, for steps as
 the engine makes them. Prints medians per layer: milliseconds, GFLOP/s (of the products, visible
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from dataclasses import dataclass
@@ -21,7 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.machine import machine
 from benchmarks.tables import print_table
+from cache.page_formats import PAGE_FORMATS
 from cache.pages import KVPages, PageShape
 from gpu_worker.attention.cpu import CpuAttention
 from gpu_worker.attention.interface import AttentionBackend, HeadMap
@@ -30,7 +31,6 @@ from gpu_worker.kernels import library
 from gpu_worker.step_plan import StepPlan
 
 BLOCK_SIZE = 16
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ def main() -> None:
     """Measure, and print a table and one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--pages", choices=PAGE_FORMATS, default="float32")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
@@ -127,9 +127,9 @@ def main() -> None:
     )
     report = {
         "benchmark": "attention",
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, kernels for {library.isa()}",
+        "machine": f"{machine()}, kernels for {library.isa()}",
         "shape": arguments.shape,
-        "pages": arguments.dtype,
+        "pages": arguments.pages,
         "threads": arguments.threads,
         "layers": arguments.layers,
         "rounds": arguments.rounds,
@@ -150,10 +150,10 @@ COLUMNS = (
 def measure(case: Case, shape: Shape, arguments: argparse.Namespace) -> dict[str, float]:
     """Both implementations in turns, after a round to warm up."""
     plan = case.plan()
-    dtype = DTYPES[arguments.dtype]
-    page_shape = PageShape(arguments.layers, shape.num_kv_heads, shape.head_dim, BLOCK_SIZE, dtype)
+    form = PAGE_FORMATS[arguments.pages]
+    page_shape = PageShape(arguments.layers, shape.num_kv_heads, shape.head_dim, BLOCK_SIZE, form)
     pages = KVPages(page_shape, int(plan.block_tables.max()) + 1, torch.device("cpu"))
-    pages.data.normal_()
+    _fill(pages)
     group = shape.num_query_heads // shape.num_kv_heads
     heads = HeadMap.build(
         tuple(q // group for q in range(shape.num_query_heads)), torch.device("cpu")
@@ -161,6 +161,8 @@ def measure(case: Case, shape: Shape, arguments: argparse.Namespace) -> dict[str
     query = torch.randn(plan.num_tokens, shape.num_query_heads, shape.head_dim)
     contenders: list[tuple[AttentionBackend, Tensor]] = [(NativeAttention(), query)]
     if not arguments.native_only:
+        # In the pages' numbers where torch can compute in them: it then copies without widening.
+        dtype = torch.float32 if form.has_scales else form.dtype
         contenders.append((CpuAttention, query.to(dtype)))
     times_s: list[list[float]] = [[] for _ in contenders]
     for _ in range(1 + arguments.rounds):
@@ -168,7 +170,7 @@ def measure(case: Case, shape: Shape, arguments: argparse.Namespace) -> dict[str
             found.append(time_step(backend, plan, pages, queries, heads))
     seconds = [statistics.median(found[1:]) / arguments.layers for found in times_s]
     flops = 4 * shape.num_query_heads * shape.head_dim * case.visible_scores()
-    num_bytes = 2 * shape.num_kv_heads * shape.head_dim * dtype.itemsize * case.num_keys()
+    num_bytes = page_shape.bytes_per_block / BLOCK_SIZE / arguments.layers * case.num_keys()
     return {
         "native_ms": seconds[0] * 1e3,
         "native_gflops": flops / seconds[0] / 1e9,
@@ -176,6 +178,14 @@ def measure(case: Case, shape: Shape, arguments: argparse.Namespace) -> dict[str
         "torch_ms": seconds[-1] * 1e3,
         "ratio": seconds[-1] / seconds[0],
     }
+
+
+def _fill(pages: KVPages) -> None:
+    shape = pages.shape
+    slots = torch.arange(pages.num_blocks * shape.block_size)
+    for layer in range(shape.num_layers):
+        keys, values = torch.randn(2, len(slots), shape.num_kv_heads, shape.head_dim)
+        pages.layer(layer).store(pages.slot_rows(slots), keys, values)
 
 
 def time_step(

@@ -64,6 +64,7 @@ class LoneShard:
             group=group if size > 1 else TensorParallelGroup.single(),
             dtype=options.dtype,
             quantization=options.quantization,
+            kv_cache_dtype=options.kv_cache_dtype,
             block_size=options.block_size,
             kv_cache_bytes=options.kv_cache_bytes,
         )

@@ -1,177 +1,220 @@
-"""The KV-cache's blocks: who holds which, what they contain, and which is given up next.
+"""The blocks of one memory: who holds which, what they contain, and which is given up next.
 
 Every block is in exactly one of three states:
 
-    held      reference count above 0: in the block table of that many sequences
-    cached    reference count 0, contents registered under a hash: can be held again, or evicted
+    held      reference count above 0: that many hold it
+    cached    reference count 0, contents named by a hash: can be held again, or evicted
     empty     reference count 0, nothing of use in it
 
-Cached and empty blocks together are the *free* ones, kept in the order in which they will be
-reused: empty ones first, then cached ones, least recently used first.
+Cached and empty blocks together are the *free* ones. They are reused in this order:
 
-The registered blocks form a forest by prefix, and it stays *prefix closed*: a registered block's
-predecessor is registered too, held if its successor is held, and reused only after it. Three rules
-make it so: a sequence whose full block has the contents of one already registered changes over to
-that one (`register`), a sequence's blocks are freed last block first (`free`), and a block is
-forgotten with all that continue it (`forget`).
+    1. empty ones
+    2. cached ones that nobody is known to want, least recently used first; what was found again
+       since it was computed counts as used later than it was, by as many allocations as there are
+       blocks: most contents are never used again, and those that were once are likely to be
+    3. cached ones that are wanted, least recently used first
 
-Nothing here knows of tensors or of the time; one thread owns the pool.
+There is a pool for the device's memory and one for the host's; `cache.tiers` has the rules that
+hold between blocks and between the two. Nothing here knows of tensors or of the time; one thread
+owns a pool.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+import heapq
+from collections import OrderedDict
+from collections.abc import Callable, Container, Iterable, Sequence
+from typing import TypeAlias
 
 from wire.ids import BlockHash
 
+OnEvict: TypeAlias = Callable[[int, BlockHash], None]
+"""Told of a cached block that is about to be reused, which it may not hold."""
+
 
 class BlockPool:
-    """A fixed number of blocks, numbered from 0, of `block_size` tokens each."""
+    """A fixed number of blocks, numbered from 0.
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    `wanted` has the contents that somebody is waiting to use; `sort` blocks when it changes.
+    """
+
+    def __init__(
+        self, num_blocks: int, on_evict: OnEvict, wanted: Container[BlockHash] = ()
+    ) -> None:
         self.num_blocks = num_blocks
-        self.block_size = block_size
+        self._on_evict = on_evict
+        self._wanted = wanted
         self._ref_counts = [0] * num_blocks
         self._hashes: list[BlockHash | None] = [None] * num_blocks
-        self._parents: list[int | None] = [None] * num_blocks  # predecessor of a registered block
-        self._registered: dict[BlockHash, int] = {}
+        self._named: dict[BlockHash, int] = {}
+        self._patience = num_blocks
+        self._num_allocated = 0  # blocks, since the beginning: what time is counted in
+        self._is_proven = [False] * num_blocks  # found again since it was computed
+        self._freed_at = [0] * num_blocks
+        # The free blocks, each list least recently used first.
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._proven: OrderedDict[int, None] = OrderedDict()
+        self._spared: OrderedDict[int, None] = OrderedDict()  # wanted
 
     @property
     def num_free(self) -> int:
         """How many blocks can be allocated, cached ones included."""
-        return len(self._free)
+        return len(self._free) + len(self._proven) + len(self._spared)
 
     @property
     def num_held(self) -> int:
-        """How many blocks sequences hold."""
-        return self.num_blocks - len(self._free)
-
-    def num_blocks_for(self, num_tokens: int) -> int:
-        """How many blocks `num_tokens` tokens take up."""
-        return -(-num_tokens // self.block_size)
+        """How many blocks are held."""
+        return self.num_blocks - self.num_free
 
     def allocate(self, num_blocks: int) -> list[int] | None:
         """Hold `num_blocks` blocks of undefined contents; None, and no change, if too few are free.
 
-        Takes empty blocks first, then evicts the cached ones that were used longest ago.
+        Takes empty blocks first, then evicts cached ones.
         """
-        if num_blocks > len(self._free):
+        if num_blocks > self.num_free:
             return None
-        block_ids = [self._free.popitem(last=False)[0] for _ in range(num_blocks)]
+        self._num_allocated += num_blocks
+        block_ids = [self._take_next() for _ in range(num_blocks)]
         for block_id in block_ids:
             self._ref_counts[block_id] = 1
             block_hash = self._hashes[block_id]
             if block_hash is not None:
-                del self._registered[block_hash]
+                del self._named[block_hash]
                 self._hashes[block_id] = None
-                self._parents[block_id] = None
+                self._on_evict(block_id, block_hash)
+            self._is_proven[block_id] = False
         return block_ids
 
-    def find_prefix(self, hashes: Iterable[BlockHash]) -> list[int]:
-        """The blocks with the longest registered prefix of this chain; `touch` them to use them."""
+    def find(self, block_hash: BlockHash) -> int | None:
+        """The block with these contents; `touch` it to use it."""
+        return self._named.get(block_hash)
+
+    def find_all(self, hashes: Iterable[BlockHash]) -> list[int]:
+        """The blocks with these contents, up to the first that is not here."""
         block_ids: list[int] = []
         for block_hash in hashes:
-            block_id = self._registered.get(block_hash)
+            block_id = self._named.get(block_hash)
             if block_id is None:
                 break
             block_ids.append(block_id)
         return block_ids
 
+    def name_of(self, block_id: int) -> BlockHash | None:
+        """The name of the block's contents, if it has one."""
+        return self._hashes[block_id]
+
+    def is_held(self, block_id: int) -> bool:
+        """Whether anybody holds the block."""
+        return self._ref_counts[block_id] > 0
+
     def num_free_among(self, block_ids: Iterable[int]) -> int:
         """How many of these blocks `touch` would take from the free ones."""
         return sum(self._ref_counts[block_id] == 0 for block_id in block_ids)
 
-    def num_held_once_among(self, block_ids: Iterable[int]) -> int:
-        """How many of these blocks one sequence alone holds."""
-        return sum(self._ref_counts[block_id] == 1 for block_id in block_ids)
-
     def touch(self, block_ids: Iterable[int]) -> None:
-        """Hold these blocks, found by `find_prefix`, once more."""
+        """Hold these blocks, which were found by their contents, once more."""
         for block_id in block_ids:
             if self._ref_counts[block_id] == 0:
-                del self._free[block_id]
+                self._take(block_id)
             self._ref_counts[block_id] += 1
 
-    def register(self, block_id: int, block_hash: BlockHash, parent: int | None) -> int:
-        """Make a full, computed block findable by its contents; returns the block to use now.
-
-        That is another one if those contents were registered before: the caller's hold moves to it
-        and `block_id` is freed. `parent` is the block before it in the caller's block table, None
-        for a sequence's first; behind one that was forgotten, nothing is registered.
-        """
-        if parent is not None and self._hashes[parent] is None:
-            return block_id
-        existing = self._registered.get(block_hash)
-        if existing is None:
-            self._registered[block_hash] = block_id
-            self._hashes[block_id] = block_hash
-            self._parents[block_id] = parent
-            return block_id
-        if existing != block_id:
-            self.touch((existing,))
-            self.free((block_id,))
-        return existing
-
-    def forget(self, block_ids: Iterable[int]) -> None:
-        """Make these blocks, and all that continue them, unfindable: their contents are no good.
-
-        Whoever holds them keeps them. This looks at every registered block: it is for rare events.
-        """
-        doomed = {block_id for block_id in block_ids if self._hashes[block_id] is not None}
-        behind: dict[int, list[int]] = {}
-        for block_id in self._registered.values():
-            parent = self._parents[block_id]
-            if parent is not None:
-                behind.setdefault(parent, []).append(block_id)
-        to_visit = list(doomed)
-        while to_visit:
-            further = behind.get(to_visit.pop(), [])
-            doomed.update(further)
-            to_visit += further
-        for block_id in doomed:
-            block_hash = self._hashes[block_id]
-            assert block_hash is not None, "only registered blocks continue others"
-            del self._registered[block_hash]
-            self._hashes[block_id] = self._parents[block_id] = None
-            if self._ref_counts[block_id] == 0:
-                self._free.move_to_end(block_id, last=False)
-
-    def free(self, block_table: Sequence[int]) -> None:
-        """Let go of a sequence's blocks, given in the order of its block table."""
-        # Last block first: it is then evicted first, and what remains is still a usable prefix.
-        for block_id in reversed(block_table):
+    def free(self, block_ids: Sequence[int]) -> None:
+        """Let go of blocks, given in the order of their contents: the last one is evicted first."""
+        for block_id in reversed(block_ids):
             self._ref_counts[block_id] -= 1
             if self._ref_counts[block_id] == 0:
-                self._free[block_id] = None
-                if self._hashes[block_id] is None:
-                    self._free.move_to_end(block_id, last=False)
+                self._put(block_id)
 
-    def check_integrity(self, block_tables: Iterable[Sequence[int]]) -> None:
-        """Raise AssertionError unless all that this module promises holds.
+    def sort(self, block_ids: Sequence[int]) -> None:
+        """Find the place again of those blocks that are free, as if they had just been let go."""
+        for block_id in reversed(block_ids):
+            if self._ref_counts[block_id] == 0:
+                self._take(block_id)
+                self._put(block_id)
 
-        `block_tables` are those of all sequences that hold blocks.
-        """
-        holds = Counter(block_id for table in block_tables for block_id in table)
-        assert all(self._ref_counts[b] == holds[b] for b in range(self.num_blocks)), "ref counts"
-        free = {b for b in range(self.num_blocks) if not self._ref_counts[b]}
-        assert self._free.keys() == free, "the free blocks are those that nobody holds"
+    def name(self, block_id: int, block_hash: BlockHash, *, is_proven: bool = False) -> None:
+        """Make a held block without a name findable by its contents."""
+        self._named[block_hash] = block_id
+        self._hashes[block_id] = block_hash
+        self._is_proven[block_id] = is_proven
+
+    def is_proven(self, block_id: int) -> bool:
+        """Whether the contents were found again; also of a block that is just being evicted."""
+        return self._is_proven[block_id]
+
+    def prove(self, block_ids: Iterable[int]) -> None:
+        """The contents of these held blocks were found again."""
+        for block_id in block_ids:
+            self._is_proven[block_id] = True
+
+    def unname(self, block_id: int) -> None:
+        """Make a block unfindable: its contents are no good, or elsewhere; holds stay."""
+        block_hash = self._hashes[block_id]
+        assert block_hash is not None, "only a block with a name can lose it"
+        del self._named[block_hash]
+        self._hashes[block_id] = None
+        self.sort((block_id,))
+
+    def names(self) -> set[BlockHash]:
+        """The contents that can be found here."""
+        return set(self._named)
+
+    def ref_counts(self) -> list[int]:
+        """How many hold each block."""
+        return self._ref_counts.copy()
+
+    def eviction_order(self) -> dict[BlockHash, int]:
+        """The cached contents, each with its turn to be evicted."""
+        cached = [block_id for block_id in self._free if self._hashes[block_id] is not None]
+        due = {block_id: self._freed_at[block_id] for block_id in cached}
+        due.update({b: self._freed_at[b] + self._patience for b in self._proven})
+        unwanted = heapq.merge(cached, self._proven, key=due.__getitem__)
+        names = (self._hashes[block_id] for block_id in (*unwanted, *self._spared))
+        return {name: turn for turn, name in enumerate(names) if name is not None}
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless all that this module promises holds."""
+        free = [b for b in range(self.num_blocks) if not self._ref_counts[b]]
+        places = (*self._free, *self._proven, *self._spared)
+        assert sorted(places) == free, "a block that nobody holds has one place, others none"
+        assert min(self._ref_counts, default=0) >= 0, "nobody lets go of what he does not hold"
         named = {h: b for b, h in enumerate(self._hashes) if h is not None}
-        assert named == self._registered, "names and blocks belong together one to one"
-        self._check_prefix_closed()
-
-    def _check_prefix_closed(self) -> None:
-        turn = {block_id: position for position, block_id in enumerate(self._free)}
+        assert named == self._named, "names and blocks belong together one to one"
         emptied = [self._hashes[block_id] is None for block_id in self._free]
         assert emptied == sorted(emptied, reverse=True), "empty blocks are reused first"
-        for block_id in self._registered.values():
-            parent = self._parents[block_id]
-            if parent is None:
-                continue
-            assert self._hashes[parent] is not None, (
-                "a registered block's predecessor is registered"
-            )
-            if parent in turn:
-                assert block_id in turn, "a held block's predecessor is held"
-                assert turn[block_id] < turn[parent], "a block is evicted before its predecessor"
+        assert not any(map(self._is_wanted, (*self._free, *self._proven))), "they are spared"
+        assert all(map(self._is_wanted, self._spared)), "others are not"
+        assert all(self._is_proven[block_id] for block_id in self._proven), "they were found again"
+
+    def _is_wanted(self, block_id: int) -> bool:
+        block_hash = self._hashes[block_id]
+        return block_hash is not None and block_hash in self._wanted
+
+    def _take_next(self) -> int:
+        blocks = self._free or self._proven or self._spared
+        if self._free and self._proven:
+            oldest, proven = next(iter(self._free)), next(iter(self._proven))
+            if (
+                self._hashes[oldest] is not None
+                and self._freed_at[oldest] > self._freed_at[proven] + self._patience
+            ):
+                blocks = self._proven
+        return blocks.popitem(last=False)[0]
+
+    def _take(self, block_id: int) -> None:
+        for blocks in (self._free, self._proven, self._spared):
+            if block_id in blocks:
+                del blocks[block_id]
+                return
+
+    def _put(self, block_id: int) -> None:
+        self._freed_at[block_id] = self._num_allocated
+        if self._hashes[block_id] is None:
+            self._free[block_id] = None
+            self._free.move_to_end(block_id, last=False)
+        elif self._is_wanted(block_id):
+            self._spared[block_id] = None
+        elif self._is_proven[block_id]:
+            self._proven[block_id] = None
+        else:
+            self._free[block_id] = None

@@ -39,7 +39,7 @@ def default_kv_cache_bytes(
 
 
 def default_host_cache_bytes(device: torch.device, num_ranks: int) -> int:
-    """Bytes of host memory for one rank's blocks of preempted sequences.
+    """Bytes of host memory for one rank's blocks that have left the device.
 
     None on the CPU: there it is the pages' own memory, and serves better as a part of them, where
     nothing needs to be copied.

@@ -11,12 +11,14 @@ import structlog
 import torch
 from torch import Tensor
 
+from cache.page_formats import PageFormat
 from cache.pages import KVPages, PageShape
 from gpu_worker.layer_progress import LayerCounter
 from gpu_worker.layers.choice import choose_operations
 from gpu_worker.layers.sharding import max_kv_heads, shard_model
 from gpu_worker.memory import default_kv_cache_bytes
 from gpu_worker.models.config import ModelConfig
+from gpu_worker.models.content_digest import content_digest
 from gpu_worker.models.loading import load_decoder
 from gpu_worker.models.weights import open_model
 from gpu_worker.precision import choose_precision
@@ -25,15 +27,15 @@ from gpu_worker.tensor_parallel import TensorParallelGroup
 from wire.errors import ModelError
 
 if TYPE_CHECKING:
-    from service.settings import Quantization
+    from service.settings import KVCacheDtype, Quantization
 
 
 class ModelRunner:
     """Runs the steps that the engine plans. It knows blocks and rows, but no requests.
 
     `config.max_model_len` is the context that can be served: the model's, or what `max_model_len`
-    or the KV-cache's size leave of it. `num_blocks` is the same on every rank. `load_s` is how
-    long loading took.
+    or the KV-cache's size leave of it. `num_blocks` is the same on every rank, and so is
+    `content_digest`, which names the model by its weights. `load_s` is how long loading took.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class ModelRunner:
         group: TensorParallelGroup,
         dtype: str = "float32",
         quantization: Quantization = "none",
+        kv_cache_dtype: KVCacheDtype = "auto",
         device: torch.device | None = None,
         block_size: int = 16,
         num_blocks: int | None = None,
@@ -62,12 +65,17 @@ class ModelRunner:
         self.group = group
         self.config, reader = open_model(model_path, max_model_len)
         self.precision = choose_precision(
-            dtype, quantization, self.device, head_dim=self.config.head_dim
+            dtype,
+            quantization,
+            kv_cache_dtype,
+            self.device,
+            head_dim=self.config.head_dim,
         )
         operations = choose_operations(self.precision, self.device)
         self._decoder = load_decoder(
             self.config, reader, group, self.precision, operations, self.device
         )
+        self.content_digest = content_digest(self.config, reader.stored())
         self._pages = self._reserve_pages(block_size, num_blocks, kv_cache_bytes)
         self._limit_context_to_pages()
         self._layers = layers or LayerCounter()
@@ -127,10 +135,10 @@ class ModelRunner:
     def _reserve_pages(
         self, block_size: int, num_blocks: int | None, kv_cache_bytes: int | None
     ) -> KVPages:
-        config, group, dtype = self.config, self.group, self.precision.pages_dtype
+        config, group, form = self.config, self.group, self.precision.pages
         if num_blocks is None:
             # Counted with the most heads that any rank has, so that all come to the same number.
-            widest = _page_shape(config, max_kv_heads(config, group.size), block_size, dtype)
+            widest = _page_shape(config, max_kv_heads(config, group.size), block_size, form)
             if kv_cache_bytes is None:
                 kv_cache_bytes = default_kv_cache_bytes(
                     self.device,
@@ -145,9 +153,7 @@ class ModelRunner:
                     f"takes {widest.bytes_per_block}; give the KV-cache more memory"
                 )
         num_kv_heads = len(shard_model(config, group.size, group.rank).kv_heads)
-        return KVPages(
-            _page_shape(config, num_kv_heads, block_size, dtype), num_blocks, self.device
-        )
+        return KVPages(_page_shape(config, num_kv_heads, block_size, form), num_blocks, self.device)
 
     def _limit_context_to_pages(self) -> None:
         """A sequence cannot outgrow the cache, however long the model's context is."""
@@ -162,6 +168,6 @@ class ModelRunner:
 
 
 def _page_shape(
-    config: ModelConfig, num_kv_heads: int, block_size: int, dtype: torch.dtype
+    config: ModelConfig, num_kv_heads: int, block_size: int, form: PageFormat
 ) -> PageShape:
-    return PageShape(config.num_layers, num_kv_heads, config.head_dim, block_size, dtype)
+    return PageShape(config.num_layers, num_kv_heads, config.head_dim, block_size, form)

@@ -1,6 +1,8 @@
 """One life of a worker group, from ready ranks to their loss or the group's end.
 
     inbox stream -> take_in -> rank 0 -> give_out (text, stop strings) -> flush -> journals, results
+                                             |
+                                             +-> what is cached now -> directory
 
 The orchestrator talks to Redis, so that the ranks only compute; it holds no tensor and never waits
 for a forward pass. When the ranks are lost, it hands back what they held, and its life ends; the
@@ -20,6 +22,7 @@ import structlog
 from redis.asyncio import Redis
 
 from gpu_worker.committer import Committer
+from gpu_worker.directory_keeper import DirectoryKeeper
 from gpu_worker.hang_watch import HangWatch
 from gpu_worker.inbox import Inbox, Mail
 from gpu_worker.ledger import Ledger
@@ -64,13 +67,16 @@ class Orchestrator:
         group_id: GroupId,
         client: Redis,
         blocking_client: Redis,
+        cache_format: str,
         on_answer: Callable[[], None],
     ) -> None:
         """`on_answer` is called when the ranks have answered a request."""
         keys = Keys(settings.namespace)
+        scripts = Scripts(client, keys)
         self._settings = settings
         self._card = card
         self._ranks = ranks
+        self._cache_format = cache_format
         self._on_answer = on_answer
         self._inbox = Inbox(client, blocking_client, keys)
         self._ledger = Ledger(decoder, model=card.name, block_size=card.block_size)
@@ -86,12 +92,13 @@ class Orchestrator:
             status=self._status,
         )
         self._committer = Committer(
-            Scripts(client, keys),
+            scripts,
             self._ledger,
             self._membership,
             flush_s=settings.flush_ms / 1000,
             abort=self._abort,
         )
+        self._directory = DirectoryKeeper(scripts, self._membership)
         self._hang_watch = HangWatch(settings.step_timeout_s)
         self._stats = EngineStats()
         self._in_doubt = False
@@ -123,6 +130,7 @@ class Orchestrator:
                 "take_in": lambda: self._take_in(stop),
                 "flush": lambda: self._committer.flush(self._left),
                 "end_late_requests": self._end_late_requests,
+                "keep_directory": lambda: self._directory.keep(self._left),
             }
             loops = [
                 tasks.create_task(
@@ -134,6 +142,7 @@ class Orchestrator:
             await self._drain()
             self._left.set()
             self._committer.wake()
+            self._directory.wake()
             # One that never became a member has nothing to write, and nobody to wait for.
             patience_s = STOP_TIMEOUT_S if self._membership.is_member else 0.0
             await asyncio.wait(loops, timeout=patience_s)
@@ -170,6 +179,7 @@ class Orchestrator:
             num_running=stats.num_running,
             num_waiting=stats.num_waiting,
             kv_cache_usage=stats.kv_cache_usage,
+            cache_format=self._cache_format,
         )
 
     # In: from the inbox to the ranks
@@ -204,11 +214,13 @@ class Orchestrator:
             log.warning("declared dead", epoch=self._membership.epoch)
         await self._abort(self._ledger.clear())
         await self._membership.join(stop)
+        self._directory.joined()
         self._inbox.open(self._membership.group_id, self._membership.epoch)
 
     async def _doubt(self) -> None:
         """The server was away: does it still know what it knew?"""
         self._in_doubt = True
+        self._directory.doubt()
 
     async def _end_late_requests(self) -> None:
         for request_id in self._ledger.past_deadline(self._membership.server_ms()):
@@ -247,6 +259,8 @@ class Orchestrator:
 
     async def _take_step(self, step: StepOutput) -> None:
         self._stats = step.stats
+        if step.cache_changes:
+            self._directory.note(step.cache_changes)
         stopped = self._ledger.add(step.outputs)
         stopped += self._ledger.add_tokens(step.indices, step.token_ids)
         await self._abort(stopped)

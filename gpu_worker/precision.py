@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import structlog
 import torch
 
+from cache.page_formats import BFLOAT16, FLOAT16, FLOAT32, PAGE_FORMATS, PageFormat
 from gpu_worker.kernels import library, pages
 from gpu_worker.kernels.library import Isa
 from wire.errors import ConfigError
 
 if TYPE_CHECKING:
-    from service.settings import Quantization
+    from service.settings import KVCacheDtype, Quantization
 
 Role: TypeAlias = Literal["qkv", "attention_output", "gate_up", "down", "head"]
 """Which of a model's matrices a product is: quantization treats some with more care."""
@@ -35,23 +36,13 @@ class Precision:
     """`dtype` is what weights are held in, those that are not quantized.
 
     `isa` is what our CPU kernels may use, which then compute in float32 or as good as that; None
-    where torch's operations compute, in `dtype`.
+    where torch's operations compute, in `dtype`. `pages` is what the KV-cache holds.
     """
 
     dtype: torch.dtype
     quantization: Quantization
     isa: Isa | None
-
-    @property
-    def pages_dtype(self) -> torch.dtype:
-        """What the KV-cache's pages are held in.
-
-        Our kernels widen whatever they read: of the 16-bit formats they take the one with the
-        more precise numbers, also beside bfloat16 weights.
-        """
-        if self.isa is not None and self.dtype != torch.float32:
-            return torch.float16
-        return self.dtype
+    pages: PageFormat
 
     def weight_bits(self, role: Role) -> Literal[4, 8] | None:
         """What the matrices of `role` are quantized to, if they are."""
@@ -61,15 +52,20 @@ class Precision:
 
     @property
     def name(self) -> str:
-        """Names all that changes a cached block's contents for the same tokens."""
+        """Names what changes keys and values for the same tokens, `pages` apart."""
         dtype = str(self.dtype).removeprefix("torch.")
         return dtype if self.quantization == "none" else f"{dtype}+{self.quantization}"
 
 
 def choose_precision(
-    dtype: str, quantization: Quantization, device: torch.device, *, head_dim: int
+    dtype: str,
+    quantization: Quantization,
+    kv_cache_dtype: KVCacheDtype,
+    device: torch.device,
+    *,
+    head_dim: int,
 ) -> Precision:
-    """What to use for the options `dtype` ("auto", or a torch dtype's name) and `quantization`.
+    """What to use for these options; `dtype` is "auto" or a torch dtype's name.
 
     `head_dim` is the model's: our kernels do not work on all. Raises ConfigError for a dtype that
     is not supported.
@@ -82,8 +78,26 @@ def choose_precision(
         name, reason = dtype, "it was asked for"
     else:
         raise ConfigError(f"dtype is {dtype}; it must be auto, {', '.join(_DTYPES)}")
-    log.info("precision_chosen", dtype=name, quantization=quantization, isa=isa, reason=reason)
-    return Precision(_DTYPES[name], quantization, isa)
+    page_format = _page_format(kv_cache_dtype, _DTYPES[name], isa)
+    log.info(
+        "precision_chosen",
+        dtype=name,
+        quantization=quantization,
+        kv_cache_dtype=page_format.name,
+        isa=isa,
+        reason=reason,
+    )
+    return Precision(_DTYPES[name], quantization, isa, page_format)
+
+
+def _page_format(kv_cache_dtype: KVCacheDtype, dtype: torch.dtype, isa: Isa | None) -> PageFormat:
+    if kv_cache_dtype != "auto":
+        return PAGE_FORMATS[kv_cache_dtype]
+    if dtype == torch.float32:
+        return FLOAT32
+    # Our kernels widen whatever they read: of the 16-bit formats they take the one with the more
+    # precise numbers, also beside bfloat16 weights.
+    return FLOAT16 if isa is not None or dtype == torch.float16 else BFLOAT16
 
 
 def _usable_isa(device: torch.device, head_dim: int) -> Isa | None:

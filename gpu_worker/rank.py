@@ -31,6 +31,7 @@ from typing import Protocol
 
 import structlog
 
+from gpu_worker.idle_check import IdleCheck
 from gpu_worker.layer_progress import LayerCounter, ProgressReporter
 from gpu_worker.quick_imports import quick_imports
 from gpu_worker.rank_options import STUB_MODEL_PATH, RankOptions
@@ -56,6 +57,7 @@ class ServedEngine(Protocol):
     max_model_len: int
     vocab_size: int
     num_blocks: int
+    cache_format: str
 
     @property
     def has_work(self) -> bool:
@@ -70,9 +72,17 @@ class ServedEngine(Protocol):
     def step(self) -> StepOutput:
         """Compute one step."""
 
+    def check_integrity(self) -> None:
+        """Raise AssertionError if its bookkeeping contradicts itself."""
+
 
 def serve(channel: RankChannel, engine: ServedEngine) -> None:
-    """Run requests until told to stop. Raises EOFError or OSError when the orchestrator is gone."""
+    """Run requests until told to stop. Raises EOFError or OSError when the orchestrator is gone.
+
+    Also raises AssertionError when the engine is found to be inconsistent, so that the group starts
+    again with an empty cache instead of giving wrong answers.
+    """
+    idle_check = IdleCheck(engine.check_integrity)
     while True:
         has_aborted = False
         for frame in channel.receive(wait=not engine.has_work):
@@ -89,6 +99,8 @@ def serve(channel: RankChannel, engine: ServedEngine) -> None:
         # A step without work computes nothing, but its figures tell what the abort has freed.
         if engine.has_work or has_aborted:
             channel.send(engine.step())
+            if not engine.has_work:
+                idle_check.run()
 
 
 def lead(channel: RankChannel, size: int, rendezvous: Path, options: RankOptions) -> None:
@@ -119,6 +131,7 @@ def _serve_when_ready(
             max_model_len=engine.max_model_len,
             vocab_size=engine.vocab_size,
             load_s=time.perf_counter() - started_s,
+            cache_format=engine.cache_format,
         )
     )
     with reporter:

@@ -59,12 +59,17 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class RankReady:
-    """The group has loaded its model and takes requests."""
+    """The group has loaded its model and takes requests.
+
+    `cache_format` names all that changes a cached block's bytes: the model's weights, how they are
+    computed with, the format of the pages; not the tensor-parallel size.
+    """
 
     num_blocks: int
     max_model_len: int
     vocab_size: int
     load_s: float
+    cache_format: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +130,26 @@ class EngineStats:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheChanges:
+    """What a step changed in the cache of blocks, net: hashes of 16 bytes each, in a row.
+
+    `device` are in the device's memory now, `host` in host memory alone, `gone` in neither; a hash
+    is in at most one of them. What is held is closed under prefixes, and so is what is held on the
+    device.
+    """
+
+    device: bytes = b""
+    host: bytes = b""
+    gone: bytes = b""
+
+    def __bool__(self) -> bool:
+        return bool(self.device or self.host or self.gone)
+
+
+NO_CHANGES = CacheChanges()
+
+
+@dataclass(frozen=True, slots=True)
 class StepOutput:
     """The outputs of one step, and how the engine stands after it.
 
@@ -137,6 +162,7 @@ class StepOutput:
     stats: EngineStats
     indices: TokenIds = field(default_factory=token_ids)
     token_ids: TokenIds = field(default_factory=token_ids)
+    cache_changes: CacheChanges = NO_CHANGES
 
     def __post_init__(self) -> None:
         """Raise WireError for columns that do not match."""

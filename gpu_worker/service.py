@@ -80,6 +80,7 @@ def rank_options(settings: WorkerSettings) -> RankOptions:
         model_name=_model_name(settings),
         dtype=settings.dtype,
         quantization=settings.quantization,
+        kv_cache_dtype=settings.kv_cache_dtype,
         cpu_isa=settings.cpu_isa,
         block_size=settings.block_size,
         kv_cache_bytes=settings.kv_cache_bytes,

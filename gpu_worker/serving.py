@@ -86,6 +86,7 @@ class Serving:
             group_id=self._group_id,
             client=self._client,
             blocking_client=self._blocking_client,
+            cache_format=ready.cache_format,
             on_answer=policy.answered,
         )
         await orchestrator.run(stop)

@@ -30,7 +30,8 @@ class StepPlan:
         wiped_blocks  []                       to be filled with zeros
         copies_in     [[9, 4]]                 blocks and the slots of host memory that they get
 
-    The last three happen before the step, in this order.
+    The last three happen before the step, copies out first; no block is both wiped and copied in.
+    A plan may have copies out alone, and no tokens.
 
     Shapes: token_ids, positions, slot_mapping (num_tokens,); query_starts (num_seqs + 1,);
     context_lens (num_seqs,); block_tables (num_seqs, max_num_blocks); logits_rows (num_samples,);

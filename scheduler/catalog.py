@@ -16,9 +16,6 @@ from wire.messages import ModelCard
 
 log = structlog.get_logger(__name__)
 
-AFFINITY_FORMAT = "affinity"
-"""Stands for the cache format where hashes only serve to compare prompts with each other."""
-
 
 class ModelCatalog:
     """Tokenizers by model name, loaded when a group is first seen to serve the model."""
@@ -48,9 +45,9 @@ class ModelCatalog:
         self._cards[model] = data
         log.info("model known", model=model, max_model_len=card.max_model_len)
 
-    def hasher(self, model: str, salt: bytes) -> PrefixHasher:
-        """Hashes the model's prompts for a tenant's salt."""
+    def hasher(self, model: str, cache_format: str, salt: bytes) -> PrefixHasher:
+        """Hashes prompts as the model's groups with that cache format do, for a tenant's salt."""
         card = self._tokenizers[model].card
         return PrefixHasher(
-            model=model, cache_format=AFFINITY_FORMAT, salt=salt, block_size=card.block_size
+            model=model, cache_format=cache_format, salt=salt, block_size=card.block_size
         )

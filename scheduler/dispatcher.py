@@ -12,15 +12,16 @@ import structlog
 
 from scheduler.backlog import Backlog
 from scheduler.catalog import ModelCatalog
+from scheduler.directory import Directory
 from scheduler.fleet import Fleet
 from scheduler.intake import Intake
 from scheduler.policy.bisecting import plan_suspects
-from scheduler.policy.pending import ReadyRequest
+from scheduler.policy.pending import PendingRequests, ReadyRequest
 from scheduler.policy.planning import BatchLimits, PlannedBatch, Planner
 from scheduler.salts import TenantSalts
 from wire.codec import encode
 from wire.ids import BatchId
-from wire.messages import Assignment
+from wire.messages import Assignment, PrefixSource
 from wire.scripts import Queued, Scripts
 
 log = structlog.get_logger(__name__)
@@ -52,14 +53,14 @@ class Dispatcher:
         self._salts = salts
         self._planners: dict[str, Planner] = {}
         self._ask_again_s = 0.0
+        self._directory = Directory(scripts)
 
     async def dispatch(self) -> None:
         """Send out what can go; if nothing can, wait for something to change."""
         self._backlog.to_dispatch.clear()
         sent = await self._dispatch_suspects()
         for model, pending in list(self._backlog.pending.items()):
-            fleet = self._fleet.view.serving(model)
-            unsent = deque(self._planner(model).plan(pending, fleet, time.monotonic()))
+            unsent = deque(await self._plan(model, pending))
             sent = sent or bool(unsent)
             try:
                 while unsent:
@@ -76,6 +77,14 @@ class Dispatcher:
                 # Requests that only wait for company must not wait for longer than agreed.
                 async with asyncio.timeout(self._limits.max_wait_s + 0.001 if waits else None):
                     await self._backlog.to_dispatch.wait()
+
+    async def _plan(self, model: str, pending: PendingRequests) -> list[PlannedBatch]:
+        planner, fleet = self._planner(model), self._fleet.view.serving(model)
+        next_up = planner.next_up(pending, fleet, time.monotonic())
+        cached = await self._directory.ask(next_up, fleet)
+        # The fleet may have been looked at anew, and requests may have come and gone meanwhile.
+        fleet = self._fleet.view.serving(model)
+        return planner.plan(pending, fleet, time.monotonic(), cached)
 
     async def _dispatch_suspects(self) -> bool:
         """Send out what must have a group for itself, a batch for each model."""
@@ -126,7 +135,10 @@ class Dispatcher:
             status.epoch,
             credits=status.credits,
             batch_id=batch_id,
-            batch=[self._assignment(request, now_ms) for request in live],
+            batch=[
+                self._assignment(request, batch.sources.get(request.request_id), now_ms)
+                for request in live
+            ],
             exclusive=batch.exclusive,
         )
         if isinstance(outcome, str):
@@ -148,7 +160,9 @@ class Dispatcher:
         )
         return True
 
-    def _assignment(self, ready: ReadyRequest, server_ms: int) -> tuple[Queued, int, bytes]:
+    def _assignment(
+        self, ready: ReadyRequest, source: PrefixSource | None, server_ms: int
+    ) -> tuple[Queued, int, bytes]:
         # By the clock, so that it does not come again on a server that has lost its last second.
         fence = max(ready.queued.fence + 1, server_ms)
         message = encode(
@@ -163,6 +177,7 @@ class Dispatcher:
                 generated=ready.journaled.token_ids,
                 generated_text=ready.journaled.text,
                 generated_logprobs=ready.journaled.logprobs,
+                prefix_source=source,
             )
         )
         return ready.queued, fence, message

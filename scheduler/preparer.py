@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from cache.prefix_hash import PrefixHasher
 from scheduler.backlog import Backlog
@@ -39,6 +39,7 @@ class Preparer:
         self._catalog = catalog
         self._fleet = fleet
         self._salts = salts
+        self._cache_formats: dict[str, frozenset[str]] = {}
 
     async def prepare(self) -> None:
         """Wait until there is something to prepare; prepare all of it, some at a time."""
@@ -106,23 +107,20 @@ class Preparer:
         outcomes = await asyncio.to_thread(
             _tokenize_and_hash,
             tokenizer,
-            [
-                (request, self._catalog.hasher(model, self._salts.of(request.tenant)))
-                for _, request in arrivals
-            ],
+            [(request, self._hashers(model, request.tenant)) for _, request in arrivals],
         )
         for (arrival, request), outcome in zip(arrivals, outcomes, strict=True):
             if isinstance(outcome, ForebayError):
                 await self._intake.end(arrival.queued, "failed", outcome)
                 continue
-            prompt_token_ids, block_hashes = outcome
+            prompt_token_ids, chains = outcome
             self._backlog.ready(
                 ReadyRequest(
                     arrival.queued,
                     request,
                     model,
                     prompt_token_ids,
-                    block_hashes,
+                    chains,
                     arrival.journaled,
                     submitted_s=self._on_our_clock(arrival.submitted_ms),
                     ready_s=time.monotonic(),
@@ -133,16 +131,27 @@ class Preparer:
             )
         self._backlog.to_dispatch.set()
 
+    def _hashers(self, model: str, tenant: str) -> dict[str, PrefixHasher]:
+        """One for each cache format of the model's groups; while there are none, as of the last."""
+        if formats := self._fleet.view.cache_formats(model):
+            self._cache_formats[model] = formats
+        salt = self._salts.of(tenant)
+        return {
+            cache_format: self._catalog.hasher(model, cache_format, salt)
+            for cache_format in self._cache_formats.get(model, ())
+        }
+
 
 def _tokenize_and_hash(
-    tokenizer: PromptTokenizer, requests: list[tuple[Request, PrefixHasher]]
-) -> list[tuple[TokenIds, tuple[BlockHash, ...]] | ForebayError]:
+    tokenizer: PromptTokenizer, requests: Sequence[tuple[Request, Mapping[str, PrefixHasher]]]
+) -> list[tuple[TokenIds, dict[str, tuple[BlockHash, ...]]] | ForebayError]:
     """Runs in a thread: token ids and block hashes of each prompt, or what is wrong with it."""
-    outcomes: list[tuple[TokenIds, tuple[BlockHash, ...]] | ForebayError] = []
+    outcomes: list[tuple[TokenIds, dict[str, tuple[BlockHash, ...]]] | ForebayError] = []
     tokenized = tokenizer.tokenize([request for request, _ in requests])
-    for (_, hasher), ids in zip(requests, tokenized, strict=True):
+    for (_, hashers), ids in zip(requests, tokenized, strict=True):
         if isinstance(ids, ForebayError):
             outcomes.append(ids)
         else:
-            outcomes.append((ids, tuple(hasher.hash_blocks(ids))))
+            chains = {name: tuple(hasher.hash_blocks(ids)) for name, hasher in hashers.items()}
+            outcomes.append((ids, chains))
     return outcomes

@@ -41,6 +41,7 @@ Name: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z
 
 
 Quantization: TypeAlias = Literal["none", "int8", "int4"]
+KVCacheDtype: TypeAlias = Literal["auto", "fp8", "int8", "bf16", "fp16", "float32"]
 """How weights are narrowed as they are loaded."""
 
 _REDIS_SCHEMES = ("redis", "rediss", "unix")
@@ -176,8 +177,7 @@ class WorkerSettings(FleetSettings):
     )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         default="auto",
-        description="What weights and the KV-cache are held in; auto is what this machine is "
-        "fastest with.",
+        description="What weights are held in; auto is what this machine is fastest with.",
     )
     quantization: Quantization = Field(
         default="none",
@@ -203,6 +203,12 @@ class WorkerSettings(FleetSettings):
     )
     block_size: Annotated[int, Field(ge=1, le=256)] = Field(
         default=16, description="Tokens in one block of the KV-cache."
+    )
+    kv_cache_dtype: KVCacheDtype = Field(
+        default="auto",
+        description="What the KV-cache holds keys and values in. fp8 and int8 take half of the "
+        "memory of 16 bits, with a scale per token and head; auto is 16 bits, or float32 beside "
+        "float32 weights.",
     )
     kv_cache_bytes: Annotated[ByteSize, Field(ge=1)] | None = Field(
         default=None,

@@ -3,6 +3,8 @@
 All keys of a partition share the hash tag `{namespace:partition}`, so that one script can touch
 them in a cluster. Keys marked *live* expire seven days after they were last written, those of one
 request seven days after they were begun: that only cleans up after a fleet that was abandoned.
+The *cache lease* is a minute from the group's last heartbeat or update; where the group is declared
+dead, leaves or registers again, the three keys go in the same call.
 
 | key                       | type   | holds                                    | lives           |
 | ------------------------- | ------ | ---------------------------------------- | --------------- |
@@ -30,6 +32,12 @@ request seven days after they were begun: that only cleans up after a fleet that
 | `group:<g>:<e>:held`      | string | how many it held when it died            | live            |
 | `group:<g>:<e>:exclusive` | string | `running`: what the group holds is to be | live            |
 |                           |        | alone; `wanted`: it is to become empty   | 3 s             |
+| `group:<g>:<e>:cache`     | hash   | the directory's entry for what the group | cache lease     |
+|                           |        | has cached: `number`, that of the last   |                 |
+|                           |        | update that was carried out              |                 |
+| `group:<g>:<e>:cache:device`| set  | hashes of the blocks in the device's     | cache lease     |
+|                           |        | memory, 16 bytes each                    |                 |
+| `group:<g>:<e>:cache:host`| set    | hashes of the blocks in host memory only | cache lease     |
 | `epoch:<g>`               | string | the group's last epoch                   | live            |
 | `model:<name>`            | string | ModelCard                                | live            |
 | `salt`                    | string | secret behind the tenants' cache salts   | live            |

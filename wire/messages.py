@@ -91,6 +91,19 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixSource:
+    """Another group that has the first `num_blocks` blocks of a prompt cached.
+
+    They can be fetched at its address, if it still has them: this was known a moment ago.
+    """
+
+    group_id: GroupId
+    epoch: int
+    num_blocks: int
+    transfer_address: str
+
+
+@dataclass(frozen=True, slots=True)
 class Assignment:
     """One request on its way to a worker group, tokenized, under a fencing token.
 
@@ -98,6 +111,7 @@ class Assignment:
     prompt and count as output (towards `max_tokens`, penalties and random-number positions);
     `generated_text` and `generated_logprobs` are what went out with them.
     `cache_salt` separates tenants in the prefix cache. `deadline_ms` is server time.
+    `prefix_source` is where more of the prompt is cached than in the group that this goes to.
     """
 
     request_id: RequestId
@@ -110,6 +124,7 @@ class Assignment:
     generated: TokenIds = field(default_factory=token_ids)
     generated_text: str = ""
     generated_logprobs: tuple[TokenLogprob, ...] | None = None
+    prefix_source: PrefixSource | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +202,8 @@ class GroupStatus:
     """A worker group's heartbeat: what it is, what it can take, how it is doing.
 
     `credits` is how many requests the group accepts at a time, running and waiting together.
+    `cache_format` names what its cached blocks are made of, down to the bytes: their hashes are
+    computed with it. `transfer_address` is where others fetch blocks from it, None if they cannot.
     """
 
     group_id: GroupId
@@ -198,3 +215,5 @@ class GroupStatus:
     num_running: int = 0
     num_waiting: int = 0
     kv_cache_usage: float = 0.0
+    cache_format: str = ""
+    transfer_address: str | None = None

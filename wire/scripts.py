@@ -6,6 +6,7 @@ the scripts in `wire/lua` say what is done.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +23,9 @@ SubmitOutcome = Literal["new", "known", "full"]
 ReplayOutcome = Literal["new", "known", "gone", "full"]
 ReclaimReason = Literal["leaving", "crashed", "lapsed"]
 """An orderly leave; a crash that the group itself reports; a lease that was not renewed."""
+
+_CACHED_PREFIX = struct.Struct("<III")
+"""A record of directory_query.lua: which group, blocks on its device, blocks in all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,32 @@ class FleetEntry:
     status: bytes | None
     num_owned: int
     exclusive: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryUpdate:
+    """What has changed in a group's cache: hashes of blocks, 16 bytes each, in a row.
+
+    `device` are in the device's memory now, `host` in host memory alone, `gone` in neither. Updates
+    are numbered from 1 on; a `reset` begins from an empty cache.
+    """
+
+    number: int
+    reset: bool = False
+    device: bytes = b""
+    host: bytes = b""
+    gone: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class CachedPrefix:
+    """How many blocks of a prompt a group has cached, from the first one on.
+
+    The first of them are on the device, the others in host memory.
+    """
+
+    num_device_blocks: int
+    num_blocks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +262,40 @@ class Scripts:
                 )
             )
         return int(reply[0]), entries
+
+    async def directory_update(
+        self, group_id: GroupId, epoch: int, update: DirectoryUpdate
+    ) -> int | None:
+        """The number of the last update that was carried out, 0 if there was none yet.
+
+        None, and nothing was changed, if the group does not live under this epoch.
+        """
+        last = await self._run(
+            "directory_update",
+            group_id,
+            epoch,
+            update.number,
+            int(update.reset),
+            update.device,
+            update.host,
+            update.gone,
+        )
+        return None if last < 0 else int(last)
+
+    async def directory_query(self, chains: Sequence[bytes]) -> list[dict[str, CachedPrefix]]:
+        """What the living groups have of each chain (hashes of blocks in a row), by "group:epoch".
+
+        Groups that have none of a chain are left out of its answer.
+        """
+        groups, *answers = await self._run("directory_query", *chains)
+        names = [name.decode() for name in groups]
+        return [
+            {
+                names[index]: CachedPrefix(num_device_blocks, num_blocks)
+                for index, num_device_blocks, num_blocks in _CACHED_PREFIX.iter_unpack(answer)
+            }
+            for answer in answers
+        ]
 
     async def drop_consumer(self, stream: str, group: str, consumer: str) -> bool:
         """Whether the consumer is out of its group: it stays while entries are pending for it."""

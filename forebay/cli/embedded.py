@@ -22,6 +22,7 @@ _ENGINE_FIELDS = (
     "max_num_batched_tokens",
     "max_model_len",
     "block_size",
+    "kv_cache_dtype",
     "kv_cache_bytes",
     "threads",
 )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from cache.pages import KVPages, LayerPages
+from cache.pages import KVPages, LayerPages, PageRows
 from gpu_worker.attention.interface import HeadMap
 from gpu_worker.step_plan import StepPlan
 
@@ -33,7 +33,7 @@ class _DecodeGroup:
     """
 
     rows: Tensor
-    block_rows: Tensor
+    block_rows: PageRows
     bias: Tensor | None
 
 
@@ -42,7 +42,7 @@ class _PrefillChunk:
     """Several new tokens of one sequence. `visible` (new, context) bool; None if all are new."""
 
     rows: slice
-    block_rows: Tensor
+    block_rows: PageRows
     context_len: int
     visible: Tensor | None
 
@@ -92,7 +92,7 @@ def _decode(
     query: Tensor, pages: LayerPages, heads: HeadMap, scale: float, group: _DecodeGroup
 ) -> Tensor:
     """`query`: (n, query_heads, head_dim), one token of each sequence of the group."""
-    keys, values = pages.read(group.block_rows)
+    keys, values = pages.read(group.block_rows, query.dtype)
     by_sequence = (heads.num_kv_heads, len(query), -1, query.shape[-1])
     bias = None if group.bias is None else group.bias.to(query.dtype)
     # The query heads that share a key/value head stand where query positions usually do, so the
@@ -111,7 +111,7 @@ def _prefill(
     query: Tensor, pages: LayerPages, heads: HeadMap, scale: float, chunk: _PrefillChunk
 ) -> Tensor:
     """`query`: (new tokens, query_heads, head_dim) of one sequence."""
-    keys, values = pages.read(chunk.block_rows)
+    keys, values = pages.read(chunk.block_rows, query.dtype)
     grouped = heads.group_queries(query).permute(1, 2, 0, 3)
     shared = (heads.num_kv_heads, grouped.shape[1], chunk.context_len, query.shape[-1])
     attended = scaled_dot_product_attention(

@@ -71,8 +71,8 @@ class PagedAttention(Protocol):
     def __call__(self, query: Tensor, pages: LayerPages, heads: HeadMap, scale: float) -> Tensor:
         """Causal softmax attention for one layer.
 
-        `query` and the result: (num_tokens, query_heads, head_dim), in the pages' dtype. The
-        step's own keys and values are already in `pages`. `scale` multiplies the scores.
+        `query` and the result: (num_tokens, query_heads, head_dim) in one dtype. The step's own
+        keys and values are already in `pages`. `scale` multiplies the scores.
         """
 
 

@@ -27,13 +27,13 @@ class ReferenceAttention:
             num_new = rows.stop - rows.start
             num_blocks = -(-context_len // self._pages.shape.block_size)
             block_ids = self._plan.block_tables[seq, :num_blocks]
-            keys, values = pages.read(self._pages.block_rows(block_ids))
+            keys, values = pages.read(self._pages.block_rows(block_ids), torch.float32)
             # Row i of the new tokens sees everything up to and including its own position.
             visible = torch.ones(num_new, context_len, dtype=torch.bool, device=query.device)
             visible = visible.tril(context_len - num_new)
             for head, kv_head in enumerate(heads.kv_head_of_query):
-                key = keys[kv_head, :context_len].float()
-                value = values[kv_head, :context_len].float()
+                key = keys[kv_head, :context_len]
+                value = values[kv_head, :context_len]
                 scores = query[rows, head].float() @ key.T * scale
                 weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1)
                 output[rows, head] = (weights @ value).to(query.dtype)

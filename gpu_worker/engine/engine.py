@@ -10,18 +10,24 @@ from typing import Protocol
 
 from torch import Tensor
 
-from cache.block_pool import BlockPool
 from cache.prefix_hash import PrefixHasher
-from gpu_worker.engine.host_tier import HostTier
+from cache.tiers import TieredCache
 from gpu_worker.engine.iteration_scheduler import IterationScheduler, Schedule
 from gpu_worker.engine.random_numbers import seed_to_uint64
 from gpu_worker.engine.sampler import Sampled, Sampler
 from gpu_worker.engine.sequence import End, Sequence
-from gpu_worker.engine.step_builder import StepBuilder
+from gpu_worker.engine.step_builder import StepBuilder, copying_step
 from gpu_worker.engine.validation import validate
 from gpu_worker.kernels import library as kernels
 from gpu_worker.rank_options import RankOptions
-from gpu_worker.rank_protocol import EngineStats, RawLogprob, SequenceOutput, StepOutput
+from gpu_worker.rank_protocol import (
+    NO_CHANGES,
+    CacheChanges,
+    EngineStats,
+    RawLogprob,
+    SequenceOutput,
+    StepOutput,
+)
 from gpu_worker.step_plan import StepPlan
 from wire.errors import InvalidRequest
 from wire.ids import RequestId, TokenIds, token_ids
@@ -42,16 +48,19 @@ class Runner(Protocol):
     """What executes steps: one process's model, or the lead of several."""
 
     def execute(self, plan: StepPlan) -> Tensor:
-        """Logits of the plan's `logits_rows`: (num_samples, vocab_size) float32, to be changed."""
+        """Logits of the plan's `logits_rows`: (num_samples, vocab_size) float32, to be changed.
+
+        A plan without tokens has copies to be made, and nothing to be computed.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class EngineModel:
     """What the engine must know of the model and the cache that its runner holds.
 
-    `cache_format` names what changes a cached block's contents for the same tokens. Host memory has
-    room for `num_host_blocks` blocks, each of which takes `host_copy_s` to be copied there or back.
-    `step_tokens` is how many tokens a step has at most if nobody says.
+    `cache_format` names the model's contents and all else that changes a cached block's bytes for
+    the same tokens. Host memory has room for `num_host_blocks` blocks. `step_tokens` is how many
+    tokens a step has at most if nobody says.
     """
 
     vocab_size: int
@@ -60,31 +69,33 @@ class EngineModel:
     num_blocks: int
     cache_format: str
     num_host_blocks: int = 0
-    host_copy_s: float = 0.0
     step_tokens: int = CPU_STEP_TOKENS
 
 
 class Engine:
-    """Runs requests: `add`, then `step` while `has_work`; one thread calls all of it."""
+    """Runs requests: `add`, then `step` while `has_work`; one thread calls all of it.
+
+    Between steps that thread may also share what is in `cache` with other groups.
+    """
 
     def __init__(self, runner: Runner, model: EngineModel, options: RankOptions) -> None:
         # A sequence that had the whole pool to itself could not grow beyond this.
         self.max_model_len = min(model.max_model_len, model.num_blocks * options.block_size)
         self.num_blocks = model.num_blocks
         self.vocab_size = model.vocab_size
+        self.cache_format = model.cache_format
+        self.cache = TieredCache(model.num_blocks, options.block_size, model.num_host_blocks)
         self._runner = runner
         self._eos_token_ids = frozenset(model.eos_token_ids)
-        self._host = HostTier(model.num_host_blocks, model.host_copy_s)
         self._scheduler = IterationScheduler(
-            BlockPool(model.num_blocks, options.block_size),
+            self.cache,
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens or model.step_tokens,
             prefix_caching=options.prefix_caching,
-            host=self._host,
         )
         self._step_builder = StepBuilder(
             max_num_seqs=options.max_num_seqs,
-            max_blocks_per_seq=self._scheduler.pool.num_blocks_for(self.max_model_len),
+            max_blocks_per_seq=self.cache.num_blocks_for(self.max_model_len),
             block_size=options.block_size,
         )
         self._sampler = Sampler(
@@ -112,7 +123,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._sequences or self._ended_early)
+        return bool(self._sequences or self._ended_early or self.cache.has_copies)
 
     def add(self, assignment: Assignment) -> None:
         """Queue a request; one that cannot be served ends with an error in the next step's outputs.
@@ -155,33 +166,34 @@ class Engine:
         num_tokens = sum(schedule.values())
         if schedule:
             plan, sampling = self._build(schedule)
-            run_s = time.perf_counter()
             logits = self._runner.execute(plan)
             self._scheduler.complete(schedule)
             if sampling:
                 sampled = self._sampler.sample(logits, sampling)
-                # Only now a GPU has computed the step for sure.
-                self._host.observe(num_tokens, len(schedule), time.perf_counter() - run_s)
                 outputs += self._apply(sampling, sampled, indices, tokens)
+        elif self.cache.has_copies:
+            copies_out, _ = self.cache.take_copies()
+            self._runner.execute(copying_step(copies_out))
+        moves = self.cache.take_moves()
+        changes = NO_CHANGES if moves is None else CacheChanges(*moves)
         stats = self._stats(num_tokens, time.perf_counter() - started_s)
-        return StepOutput(tuple(outputs), stats, indices, tokens)
+        return StepOutput(tuple(outputs), stats, indices, tokens, changes)
 
     def check_integrity(self) -> None:
         """Raise AssertionError if the blocks' bookkeeping contradicts itself; for idle moments."""
-        self._scheduler.pool.check_integrity(s.block_table for s in self._sequences.values())
+        self.cache.check_integrity(s.block_table for s in self._sequences.values())
 
     def _build(self, schedule: Schedule) -> tuple[StepPlan, list[Sequence]]:
         """The step's plan, with the copies and wipes due before it, and who samples."""
-        scheduler = self._scheduler
-        copied = {copy.block_id for copy in scheduler.copies_in}
+        copies_out, copies_in = self.cache.take_copies()
+        overwritten = {copy.block_id for copy in copies_in}
         plan, sampling = self._step_builder.build(
             schedule,
-            copies_out=scheduler.copies_out,
-            # What is overwritten as a whole needs no wiping.
-            wiped_blocks=[block_id for block_id in self._to_wipe if block_id not in copied],
-            copies_in=scheduler.copies_in,
+            copies_out=copies_out,
+            wiped_blocks=[block_id for block_id in self._to_wipe if block_id not in overwritten],
+            copies_in=copies_in,
         )
-        scheduler.copies_out, scheduler.copies_in, self._to_wipe = [], [], []
+        self._to_wipe = []
         return plan, sampling
 
     def _make_sequence(self, assignment: Assignment) -> Sequence:
@@ -234,12 +246,12 @@ class Engine:
         return _failure(sequence.assignment, ErrorInfo(NUMERICAL_ERROR, message))
 
     def _stats(self, num_step_tokens: int, step_s: float) -> EngineStats:
-        scheduler = self._scheduler
+        scheduler, device = self._scheduler, self.cache.device
         return EngineStats(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
-            num_blocks=scheduler.pool.num_blocks,
-            num_free_blocks=scheduler.pool.num_free,
+            num_blocks=device.num_blocks,
+            num_free_blocks=device.num_free,
             num_step_tokens=num_step_tokens,
             step_s=step_s,
             num_prefill_tokens_total=scheduler.num_prefill_tokens,

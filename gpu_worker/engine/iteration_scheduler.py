@@ -16,9 +16,10 @@ with others is there afterwards. If the other one fails, the next one computes t
 A sequence is admitted when blocks for all its tokens are free, and one more for each that runs. It
 gets them at once: chunks of its prompt can then not run dry half way. Later it grows block by
 block. When none is free, the youngest running sequence is preempted: it gives up its blocks and
-goes back to its place in the queue. When its turn comes again, its blocks come back from host
-memory, or what it had generated is prefilled together with its prompt (`HostTier`). The oldest
-running sequence is thus never preempted for another, and every sequence becomes the oldest in time.
+goes back to its place in the queue. When its turn comes again, it finds its full blocks where other
+prefixes are found, on the device or in host memory (`cache.tiers`), and what is missing is computed
+again, generated tokens with the prompt's. The oldest running sequence is thus never preempted for
+another, and every sequence becomes the oldest in time.
 
 Pure policy: it sees counts and block ids, no tensor and no clock.
 """
@@ -28,24 +29,16 @@ from __future__ import annotations
 from array import array
 from bisect import insort
 from operator import attrgetter
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
-from cache.block_pool import BlockPool
-from gpu_worker.engine.host_tier import HostTier
-from gpu_worker.engine.sequence import SavedBlocks, Sequence
+from cache.tiers import FoundPrefix, TieredCache
+from gpu_worker.engine.sequence import Sequence
 from wire.ids import BlockHash
 
 Schedule: TypeAlias = dict[Sequence, int]
 """How many tokens of which sequence the next step computes, in the order of its rows."""
 
 _by_index = attrgetter("index")
-
-
-class BlockCopy(NamedTuple):
-    """A block of the pool and a slot of host memory, one to be copied to the other."""
-
-    block_id: int
-    slot: int
 
 
 class IterationScheduler:
@@ -57,22 +50,18 @@ class IterationScheduler:
 
     def __init__(
         self,
-        pool: BlockPool,
+        cache: TieredCache,
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
         prefix_caching: bool,
-        host: HostTier | None = None,
     ) -> None:
-        self.pool = pool
+        self.cache = cache
         self.waiting: list[Sequence] = []  # this and running in order of arrival
         self.running: list[Sequence] = []
-        self.copies_out: list[BlockCopy] = []  # to be made before the next step, then emptied
-        self.copies_in: list[BlockCopy] = []
         self.num_preemptions = 0
         self.num_prefill_tokens = 0  # to compute at admission, summed up; cached ones apart
         self.num_cached_tokens = 0
-        self._host = host or HostTier(0, 0.0)
         self._free_rows = list(range(max_num_seqs))
         self._max_num_batched_tokens = max_num_batched_tokens
         self._prefix_caching = prefix_caching
@@ -80,6 +69,7 @@ class IterationScheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
         self.waiting.append(sequence)
+        self._want(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence that is finished or no longer wanted, and free what it holds."""
@@ -87,8 +77,8 @@ class IterationScheduler:
             self._release(sequence)
             self.running.remove(sequence)
         else:
-            self._drop_saved(sequence)
             self.waiting.remove(sequence)
+            self.cache.unwant(self._reusable(sequence))
 
     def discard(self, sequence: Sequence) -> list[int]:
         """Remove a running sequence whose keys and values are no good, and let nobody reuse them.
@@ -96,9 +86,9 @@ class IterationScheduler:
         Returns the blocks that nobody holds any more, to be wiped before they are read again.
         """
         block_ids = sequence.block_table
-        self.pool.forget(block_ids)
+        self.cache.forget(block_ids)
         self.remove(sequence)
-        return [block_id for block_id in block_ids if self.pool.num_free_among((block_id,))]
+        return [block_id for block_id in block_ids if not self.cache.device.is_held(block_id)]
 
     def schedule(self) -> Schedule:
         """Decide on the next step; empty when there is nothing to compute."""
@@ -111,7 +101,7 @@ class IterationScheduler:
 
     def complete(self, schedule: Schedule) -> None:
         """Note that the step was executed: what it filled can be reused from now on."""
-        block_size = self.pool.block_size
+        block_size = self.cache.block_size
         for sequence, num_tokens in schedule.items():
             first_open = sequence.num_computed // block_size
             sequence.num_computed += num_tokens
@@ -120,7 +110,7 @@ class IterationScheduler:
 
     def _continue_running(self, schedule: Schedule) -> int:
         """Schedule what runs, as far as the budget goes; returns what is left of it."""
-        budget, block_size = self._max_num_batched_tokens, self.pool.block_size
+        budget, block_size = self._max_num_batched_tokens, self.cache.block_size
         decodes: list[Sequence] = []
         prefills: list[Sequence] = []
         for sequence in self.running:
@@ -161,47 +151,49 @@ class IterationScheduler:
             computing.update(self._uncomputed_blocks(sequence))
 
     def _uncomputed_blocks(self, sequence: Sequence) -> list[BlockHash]:
-        return sequence.block_hashes[sequence.num_computed // self.pool.block_size :]
+        return sequence.block_hashes[sequence.num_computed // self.cache.block_size :]
 
     def _grow(self, sequence: Sequence) -> bool:
         """Get the block that a running sequence's newest token needs."""
-        num_blocks = self.pool.num_blocks_for(sequence.num_tokens) - len(sequence.block_table)
-        block_ids = self.pool.allocate(num_blocks)
+        num_blocks = self.cache.num_blocks_for(sequence.num_tokens) - len(sequence.block_table)
+        block_ids = self.cache.grow(num_blocks)
         if block_ids is None:
             return False
         sequence.block_table.extend(block_ids)
         sequence.block_table_changed = True
         return True
 
-    def _find_prefix(self, sequence: Sequence) -> tuple[list[int], BlockHash | None]:
-        """The cached blocks that a waiting sequence can use, and the first one that it lacks."""
-        if not self._prefix_caching:
-            return [], None
-        sequence.hash_full_blocks(self.pool.block_size)
-        # The last token is always computed: the next one is drawn from its logits.
-        reusable = sequence.block_hashes[: (sequence.num_tokens - 1) // self.pool.block_size]
-        prefix = self.pool.find_prefix(reusable)
-        # One that has saved its blocks is going to have what it lacks.
-        is_complete = len(prefix) == len(reusable) or sequence.saved is not None
-        return prefix, None if is_complete else reusable[len(prefix)]
+    def _want(self, sequence: Sequence) -> None:
+        if self._prefix_caching:
+            sequence.hash_full_blocks(self.cache.block_size)
+            self.cache.want(self._reusable(sequence))
 
-    def _admit(self, sequence: Sequence, prefix: list[int]) -> bool:
+    def _reusable(self, sequence: Sequence) -> list[BlockHash]:
+        """What a waiting sequence can use if it is cached; none without prefix caching."""
+        # The last token is always computed: the next one is drawn from its logits.
+        return sequence.block_hashes[: (sequence.num_tokens - 1) // self.cache.block_size]
+
+    def _find_prefix(self, sequence: Sequence) -> tuple[FoundPrefix, BlockHash | None]:
+        """What is cached of a waiting sequence's beginning, and the first block that it lacks."""
+        reusable = self._reusable(sequence)
+        prefix = self.cache.find_prefix(reusable)
+        is_complete = prefix.num_blocks == len(reusable)
+        return prefix, None if is_complete else reusable[prefix.num_blocks]
+
+    def _admit(self, sequence: Sequence, prefix: FoundPrefix) -> bool:
         """Give a waiting sequence a row, its prefix's cached blocks, and the blocks it lacks."""
-        pool = self.pool
-        num_new = pool.num_blocks_for(sequence.num_tokens) - len(prefix)
+        cache, device = self.cache, self.cache.device
+        num_blocks = cache.num_blocks_for(sequence.num_tokens)
+        num_new = num_blocks - len(prefix.block_ids)
         # A block is left to each one that runs, or they would soon preempt the newcomer.
-        num_left = pool.num_free - num_new - pool.num_free_among(prefix)
+        num_left = device.num_free - num_new - device.num_free_among(prefix.block_ids)
         if num_left < len(self.running):
             return False
-        pool.touch(prefix)
-        block_ids = pool.allocate(num_new)
-        assert block_ids is not None, "free blocks were counted above"
-        sequence.block_table = array("i", prefix + block_ids)
+        sequence.block_table = array("i", cache.hold(prefix, num_blocks))
+        cache.unwant(self._reusable(sequence))
         sequence.block_table_changed = True
-        sequence.num_computed = len(prefix) * pool.block_size
+        sequence.num_computed = prefix.num_blocks * cache.block_size
         sequence.row = self._free_rows.pop()
-        if sequence.saved is not None:
-            self._restore(sequence, sequence.saved, len(prefix))
         self.num_cached_tokens += sequence.num_computed
         self.num_prefill_tokens += sequence.num_uncomputed
         if sequence.num_cached_tokens is None:
@@ -210,58 +202,27 @@ class IterationScheduler:
 
     def _preempt_youngest(self) -> Sequence:
         sequence = self.running.pop()
-        sequence.saved = self._save(sequence)
         self._release(sequence)
         insort(self.waiting, sequence, key=_by_index)
+        self._want(sequence)
         self.num_preemptions += 1
         return sequence
 
     def _release(self, sequence: Sequence) -> None:
         assert sequence.row is not None
-        self.pool.free(sequence.block_table)
+        self.cache.free(sequence.block_table)
         self._free_rows.append(sequence.row)
         sequence.block_table = array("i")
         sequence.num_computed = 0
         sequence.row = None
 
-    def _save(self, sequence: Sequence) -> SavedBlocks | None:
-        """Have the computed blocks that only this sequence holds copied out, if that pays."""
-        pool = self.pool
-        computed = sequence.block_table[: pool.num_blocks_for(sequence.num_computed)]
-        # What others hold too is the beginning: whoever holds a block holds those before it.
-        first = len(computed) - pool.num_held_once_among(computed)
-        lost = computed[first:]
-        slots = self._host.take(len(lost), sequence.num_computed - first * pool.block_size)
-        if slots is None:
-            return None
-        self.copies_out += map(BlockCopy, lost, slots)
-        return SavedBlocks(first, slots, sequence.num_computed)
-
-    def _restore(self, sequence: Sequence, saved: SavedBlocks, num_cached: int) -> None:
-        """Have what a sequence saved copied into its blocks behind the `num_cached` first."""
-        if saved.first <= num_cached:  # else blocks between those and these are lost
-            table = sequence.block_table
-            end = saved.first + len(saved.slots)
-            for i in range(num_cached, end):
-                self.copies_in.append(BlockCopy(table[i], saved.slots[i - saved.first]))
-            if num_cached < end:
-                sequence.num_computed = saved.num_computed
-                if self._prefix_caching:
-                    self._register_blocks(sequence, num_cached)
-        self._drop_saved(sequence)
-
-    def _drop_saved(self, sequence: Sequence) -> None:
-        if sequence.saved is not None:
-            self._host.give_back(sequence.saved.slots)
-            sequence.saved = None
-
     def _register_blocks(self, sequence: Sequence, first: int) -> None:
         """Make the blocks from index `first` on that are full by now findable by their contents."""
-        pool, table = self.pool, sequence.block_table
-        sequence.hash_full_blocks(pool.block_size)
-        for i in range(first, sequence.num_computed // pool.block_size):
+        cache, table = self.cache, sequence.block_table
+        sequence.hash_full_blocks(cache.block_size)
+        for i in range(first, sequence.num_computed // cache.block_size):
             parent = table[i - 1] if i else None
-            block_id = pool.register(table[i], sequence.block_hashes[i], parent)
+            block_id = cache.register(table[i], sequence.block_hashes[i], parent)
             if block_id != table[i]:
                 table[i] = block_id
                 sequence.block_table_changed = True

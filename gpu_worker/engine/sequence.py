@@ -42,17 +42,6 @@ class TokenCounts:
             self.counts[i] += 1
 
 
-class SavedBlocks(NamedTuple):
-    """What a preempted sequence has in host memory: the blocks of its table from `first` on.
-
-    `slots` are their places there; with them, the first `num_computed` tokens are computed.
-    """
-
-    first: int
-    slots: list[int]
-    num_computed: int
-
-
 @dataclass(slots=True, eq=False)
 class Sequence:
     """The state of one request.
@@ -60,9 +49,9 @@ class Sequence:
     `index` is its number in the engine: sequences that came later have higher ones. `token_ids` are
     the prompt and what was generated so far. The keys and values of the first `num_computed` of
     them are in the blocks of `block_table`, of which `num_cached_tokens` did not have to be
-    computed when the sequence was first admitted; `saved` is what it has in host memory while it
-    waits. `row` is its place in the engine's per-sequence tables while it runs. `max_num_tokens` is
-    the length at which it ends. `is_known` says whether an output has told its index.
+    computed when the sequence was first admitted. `row` is its place in the engine's per-sequence
+    tables while it runs. `max_num_tokens` is the length at which it ends. `is_known` says whether
+    an output has told its index.
     """
 
     index: int
@@ -79,7 +68,6 @@ class Sequence:
     block_table: array[int] = field(default_factory=lambda: array("i"))
     block_table_changed: bool = False
     block_hashes: list[BlockHash] = field(default_factory=list)
-    saved: SavedBlocks | None = None
     row: int | None = None
     is_known: bool = False
 

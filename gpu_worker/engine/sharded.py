@@ -21,6 +21,8 @@ from gpu_worker.step_plan import StepPlan
 from gpu_worker.tensor_parallel import TensorParallelGroup
 from wire.errors import ConfigError
 
+_NO_LOGITS = torch.empty((0, 0))
+
 
 class RankRunner:
     """One rank's part of each step: blocks go to host memory and come back, then the model runs."""
@@ -35,7 +37,7 @@ class RankRunner:
             self.host.copy_out(plan.copies_out)
         if len(plan.copies_in):
             self.host.copy_in(plan.copies_in)
-        return self.model.execute(plan)
+        return self.model.execute(plan) if plan.num_tokens else None
 
 
 class LeadRunner:
@@ -49,6 +51,8 @@ class LeadRunner:
         """The logits of the plan's `logits_rows`."""
         self._group.send_plan(plan)
         logits = self._runner.execute(plan)
+        if not plan.num_tokens:
+            return _NO_LOGITS
         assert logits is not None, "rank 0 gathers the logits"
         return logits
 
@@ -73,9 +77,8 @@ class ShardedEngine(Engine):
                 max_model_len=config.max_model_len,
                 eos_token_ids=config.eos_token_ids,
                 num_blocks=model.num_blocks,
-                cache_format=f"{model.precision.name}/{options.block_size}",
+                cache_format=_cache_format(model),
                 num_host_blocks=host.num_slots,
-                host_copy_s=host.measure_copy_s(),
                 step_tokens=CPU_STEP_TOKENS if model.device.type == "cpu" else GPU_STEP_TOKENS,
             ),
             options,
@@ -126,6 +129,7 @@ def _load(
         group=group,
         dtype=options.dtype,
         quantization=options.quantization,
+        kv_cache_dtype=options.kv_cache_dtype,
         device=device,
         block_size=options.block_size,
         num_blocks=options.num_blocks,
@@ -138,6 +142,12 @@ def _load(
     host = HostPages(model.pages, _num_host_slots(options, model, group))
     group.meet()
     return group, RankRunner(model, host)
+
+
+def _cache_format(model: ModelRunner) -> str:
+    """The same at every tensor-parallel size."""
+    precision = model.precision
+    return f"{model.content_digest}/{precision.name}/{precision.pages.name}/{model.block_size}"
 
 
 def _num_host_slots(options: RankOptions, model: ModelRunner, group: TensorParallelGroup) -> int:

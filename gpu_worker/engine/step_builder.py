@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gpu_worker.engine.iteration_scheduler import BlockCopy, Schedule
+from cache.tiers import BlockCopy
+from gpu_worker.engine.iteration_scheduler import Schedule
 from gpu_worker.engine.sequence import Sequence
-from gpu_worker.step_plan import NO_COPIES, StepPlan
+from gpu_worker.step_plan import NO_BLOCKS, NO_COPIES, StepPlan
 
 
 class StepBuilder:
@@ -105,6 +106,20 @@ def first_step() -> StepPlan:
         context_lens=one,
         block_tables=zero.unsqueeze(0),
         logits_rows=zero,
+    )
+
+
+def copying_step(copies_out: list[BlockCopy]) -> StepPlan:
+    """A step that computes nothing: blocks go to host memory while no sequence wants a step."""
+    return StepPlan(
+        token_ids=NO_BLOCKS,
+        positions=NO_BLOCKS,
+        slot_mapping=NO_BLOCKS,
+        query_starts=torch.zeros(1, dtype=torch.int32),
+        context_lens=NO_BLOCKS,
+        block_tables=torch.empty((0, 0), dtype=torch.int32),
+        logits_rows=NO_BLOCKS,
+        copies_out=_copies(copies_out),
     )
 
 

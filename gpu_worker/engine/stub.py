@@ -100,6 +100,7 @@ class StubEngine:
         self.max_model_len = options.max_model_len or STUB_MAX_MODEL_LEN
         self.vocab_size = _VOCAB_SIZE
         self.num_blocks = options.max_num_seqs * -(-self.max_model_len // options.block_size)
+        self.cache_format = f"stub/{options.block_size}"
         self._max_num_seqs = options.max_num_seqs
         self._step_s = options.stub_step_s
         self._layers = layers
@@ -171,6 +172,10 @@ class StubEngine:
             num_generated_tokens_total=self._num_generated,
         )
         return StepOutput(tuple(outputs), stats, indices, tokens)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless what runs and waits has something left to say."""
+        assert all(echo.end() is None for echo in self._requests.values()), "an end was missed"
 
     def _compute_layers(self) -> None:
         if not self._step_s:

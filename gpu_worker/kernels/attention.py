@@ -75,6 +75,8 @@ class _Attention(ctypes.Structure):
         ("query_stride", _INT64),
         ("keys", POINTER),
         ("values", POINTER),
+        ("key_scales", POINTER),
+        ("value_scales", POINTER),
     ]
 
 
@@ -175,8 +177,7 @@ class PlannedAttention:
         call.out = output.data_ptr()
         call.query = query.data_ptr()
         call.query_stride = query.stride(0)
-        call.keys = pages.keys.data_ptr()
-        call.values = pages.values.data_ptr()
+        call.keys, call.values, call.key_scales, call.value_scales = pages.addresses
         self._kernel(self._address)
         return output
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import ctypes
 
-import torch
-
+from cache.page_formats import BFLOAT16, FLOAT16, FLOAT32, FP8, INT8, SCALE_DTYPE
 from cache.pages import PageShape
 
-_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_TYPES = {FLOAT32: 0, FLOAT16: 1, BFLOAT16: 2, FP8: 3, INT8: 4}
 _MAX_HEAD_DIM = 256
 """What `src/rotary_avx512.cpp` has room for."""
 
@@ -25,6 +24,8 @@ class PagesStruct(ctypes.Structure):
             "block_size",
             "block_stride",
             "head_stride",
+            "scale_block_stride",
+            "scale_head_stride",
         )
     ]
 
@@ -43,10 +44,12 @@ def describe(shape: PageShape) -> PagesStruct:
     assert reason_against(shape.head_dim) is None
     head = shape.block_size * shape.head_dim
     return PagesStruct(
-        _TYPES[shape.dtype],
+        _TYPES[shape.format],
         shape.num_kv_heads,
         shape.head_dim,
         shape.block_size,
-        shape.num_layers * 2 * shape.num_kv_heads * head,
+        shape.bytes_per_block // shape.format.dtype.itemsize,
         head,
+        shape.bytes_per_block // SCALE_DTYPE.itemsize,
+        shape.block_size,
     )

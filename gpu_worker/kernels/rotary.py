@@ -27,6 +27,8 @@ class _Rotation(ctypes.Structure):
         ("slots", POINTER),
         ("keys", POINTER),
         ("values", POINTER),
+        ("key_scales", POINTER),
+        ("value_scales", POINTER),
         ("query_norm", POINTER),
         ("key_norm", POINTER),
         ("eps", ctypes.c_float),
@@ -90,8 +92,7 @@ class RotateAndStore:
         assert qkv.numel() == self._num_tokens * self._row_len
         call = self._call
         call.qkv = qkv.data_ptr()
-        call.keys = pages.keys.data_ptr()
-        call.values = pages.values.data_ptr()
+        call.keys, call.values, call.key_scales, call.value_scales = pages.addresses
         call.query_norm = None if query_norm is None else query_norm.data_ptr()
         call.key_norm = None if key_norm is None else key_norm.data_ptr()
         call.eps = eps

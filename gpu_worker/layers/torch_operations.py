@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm, silu
 
+from cache.key_mixing import mix, mix_queries
 from cache.pages import KVPages
 from gpu_worker.attention.choice import choose_attention
 from gpu_worker.layers.operations import (
@@ -58,6 +59,8 @@ def torch_operations(precision: Precision, device: torch.device) -> Operations:
                 # Queries and keys lie side by side: one rotation serves both.
                 query_key, value = torch.split(projected, [num_queries + num_kv, num_kv], dim=1)
                 query, key = torch.split(rotation.apply(query_key), [num_queries, num_kv], dim=1)
+            if pages.shape.format.mixes_keys:
+                query, key = mix_queries(query), mix(key)
             layer_pages = pages.layer(layer)
             layer_pages.store(slot_rows, key, value)
             scale = heads.head_dim**-0.5

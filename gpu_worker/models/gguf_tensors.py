@@ -26,7 +26,7 @@ class GGUFTensors:
         """Open the file again. Raises ModelError if it has gone meanwhile."""
         self.file = file
         try:
-            self._mapped = MappedFile(file.path)
+            self.mapped = MappedFile(file.path)
         except OSError as error:
             raise ModelError(f"{file.path} cannot be read: {error}") from error
 
@@ -53,7 +53,7 @@ class GGUFTensors:
         row_bytes = tensor.size_bytes // num_rows
         offset, size_bytes = tensor.offset + rows.start * row_bytes, len(rows) * row_bytes
         try:
-            stored = self._mapped.map(offset, size_bytes)
+            stored = self.mapped.map(offset, size_bytes)
         except (OSError, ValueError) as error:
             raise ModelError(
                 f"{self.file.path} cannot be read any more ({error}); was it changed?"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.models.config import ModelConfig
+from gpu_worker.models.content_digest import StoredBytes
 from gpu_worker.models.gguf_file import GGUFFile
 from gpu_worker.models.gguf_tensors import GGUFTensors
 from wire.errors import ModelError
@@ -78,6 +80,18 @@ class GGUFWeights:
             values = _unpermuted(values, self._config.head_dim)
         # A plain F32 tensor is still a view of the file, in which it may lie anywhere.
         return torch.from_numpy(values if values.flags.aligned else values.copy())
+
+    def stored(self) -> Iterator[StoredBytes]:
+        """See `WeightReader.stored`."""
+        for tensor in self._file.tensors.values():
+            yield StoredBytes(
+                tensor.name,
+                tensor.quantization.name,
+                tensor.shape,
+                self._tensors.mapped,
+                tensor.offset,
+                tensor.size_bytes,
+            )
 
     def _is_permuted(self, name: str) -> bool:
         """llama.cpp reorders the rotated halves of Llama's heads, but not of Qwen's."""

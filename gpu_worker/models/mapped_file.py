@@ -25,6 +25,10 @@ class MappedFile:
         weakref.finalize(self, os.close, self._descriptor)
         self.size_bytes = os.fstat(self._descriptor).st_size
 
+    def read(self, offset: int, size_bytes: int) -> bytes:
+        """A copy of `size_bytes` bytes from `offset` on, or of what the file has of them."""
+        return os.pread(self._descriptor, size_bytes, offset)
+
     def map(self, offset: int, size_bytes: int) -> npt.NDArray[np.uint8]:
         """`size_bytes` bytes from `offset` on, at least one, without a copy.
 

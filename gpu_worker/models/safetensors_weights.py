@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gpu_worker.models.content_digest import StoredBytes
 from gpu_worker.models.files import read_json_object
 from gpu_worker.models.mapped_file import MappedFile
 from gpu_worker.models.safetensors_file import StoredTensor, read_directory
@@ -57,6 +58,11 @@ class SafetensorsWeights:
             raise ModelError(f"{self._directory}: tensor {name} is missing; download it again")
         return self._files[self._file_of[name]].read(name, shape, rows, columns)
 
+    def stored(self) -> Iterator[StoredBytes]:
+        """See `WeightReader.stored`."""
+        for name, file_name in self._file_of.items():
+            yield self._files[file_name].locate(name)
+
 
 class _File:
     """One file, opened when something of it is first needed; then it stays open."""
@@ -79,9 +85,7 @@ class _File:
         self, name: str, shape: tuple[int, ...], rows: range | None, columns: range | None
     ) -> Tensor:
         """A slice of a tensor. Raises ModelError."""
-        stored = self.tensors.get(name)
-        if stored is None:
-            raise ModelError(f"{self._path} is damaged: it has no tensor {name}; download it again")
+        stored = self._find(name)
         self._check(name, stored, shape)
         rows = rows if rows is not None else range(shape[0])
         row_bytes = stored.size_bytes // shape[0]
@@ -91,6 +95,19 @@ class _File:
             mapped = self._mapped.map(stored.offset + rows.start * row_bytes, len(rows) * row_bytes)
         values = torch.from_numpy(mapped).view(_DTYPES[stored.dtype]).view(len(rows), *shape[1:])
         return values if columns is None else values[:, columns.start : columns.stop]
+
+    def locate(self, name: str) -> StoredBytes:
+        """Where a tensor's bytes are. Raises ModelError."""
+        stored = self._find(name)
+        return StoredBytes(
+            name, stored.dtype, stored.shape, self._mapped, stored.offset, stored.size_bytes
+        )
+
+    def _find(self, name: str) -> StoredTensor:
+        stored = self.tensors.get(name)
+        if stored is None:
+            raise ModelError(f"{self._path} is damaged: it has no tensor {name}; download it again")
+        return stored
 
     def _check(self, name: str, stored: StoredTensor, expected: tuple[int, ...]) -> None:
         if stored.shape != expected:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
 from gpu_worker.models.config import ModelConfig
+from gpu_worker.models.content_digest import StoredBytes
 from gpu_worker.models.files import model_kind
 from gpu_worker.models.gguf_config import read_gguf_config
 from gpu_worker.models.gguf_file import GGUFFile
@@ -35,6 +37,9 @@ class WeightReader(Protocol):
         May be called from several threads. Raises ModelError for a missing, damaged or
         unsupported tensor.
         """
+
+    def stored(self) -> Iterable[StoredBytes]:
+        """All tensors as they are stored, under whatever names. Raises ModelError."""
 
 
 def open_model(path: Path, max_model_len: int | None = None) -> tuple[ModelConfig, WeightReader]:

@@ -56,6 +56,14 @@ class FleetView:
         """How many requests the fleet can be sent now."""
         return sum(group.room for group in self.groups.values())
 
+    def cache_formats(self, model: str) -> frozenset[str]:
+        """What the cached blocks of a model are made of: one name, if its groups are all alike."""
+        return frozenset(
+            group.status.cache_format
+            for group in self.groups.values()
+            if group.status.model == model
+        )
+
     def serving(self, model: str) -> FleetView:
         """The part of the fleet that serves a model; the groups are the same objects."""
         serving = {key: group for key, group in self.groups.items() if group.status.model == model}

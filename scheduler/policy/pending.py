@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 
 from wire.ids import BlockHash, RequestId, TokenIds
@@ -30,16 +30,17 @@ class ReadyRequest:
     """A request that can be dispatched: tokenized, its model known.
 
     `journaled` is what an earlier attempt left; its tokens are prefilled like the prompt.
-    `block_hashes` names the prompt's full blocks. `submitted_s` and `ready_s` (since when it could
-    be sent) are on the scheduler's clock, `deadline_ms` is on the server's. `num_crashes` counts
-    the groups that died while they held it, `num_neighbours` what else the last of them held.
+    `chains` has the hashes of the prompt's full blocks, by cache format. `submitted_s` and
+    `ready_s` (since when it could be sent) are on the scheduler's clock, `deadline_ms` is on the
+    server's. `num_crashes` counts the groups that died while they held it, `num_neighbours` what
+    else the last of them held.
     """
 
     queued: Queued
     request: Request
     model: str
     prompt_token_ids: TokenIds
-    block_hashes: tuple[BlockHash, ...]
+    chains: Mapping[str, tuple[BlockHash, ...]]
     journaled: Journaled
     submitted_s: float
     ready_s: float
@@ -51,6 +52,10 @@ class ReadyRequest:
     def request_id(self) -> RequestId:
         """The request's id."""
         return self.queued.request_id
+
+    def chain(self, cache_format: str) -> tuple[BlockHash, ...]:
+        """The hashes of the prompt's blocks; none in a format that came up only after it."""
+        return self.chains.get(cache_format, ())
 
     def is_late(self, server_ms: int) -> bool:
         """Whether its deadline has passed."""
@@ -87,6 +92,18 @@ class PendingRequests:
         heapq.heappush(self._heap, (due_s, self._sequence, request))
         self._sequence += 1
         self._counts[request.queued.priority] += 1
+
+    def first(self, limit: int) -> list[ReadyRequest]:
+        """The first `limit` requests, in order, which stay where they are."""
+        # Down the heap from its top: the next one is always below one that was found already.
+        found: list[ReadyRequest] = []
+        edge = [(self._heap[0], 0)] if self._heap else []
+        while edge and len(found) < limit:
+            (_, _, request), place = heapq.heappop(edge)
+            found.append(request)
+            for below in range(2 * place + 1, min(2 * place + 3, len(self._heap))):
+                heapq.heappush(edge, (self._heap[below], below))
+        return found
 
     def take(self, limit: int) -> list[ReadyRequest]:
         """Remove and return the first `limit` requests, in order."""

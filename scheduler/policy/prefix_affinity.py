@@ -1,7 +1,11 @@
-"""Which group has probably cached which prefix, judged by where requests were sent.
+"""Which group will have cached which prefix: what it has reported, and what was sent there lately.
 
-A bounded guess, not a directory: a group may have evicted a block long ago, and a wrong guess
-costs a prefill, never correctness.
+The directory tells what a group has cached. What was sent to it a moment ago is not computed or not
+reported yet, but the next request with the same prefix should follow all the same. So what is sent
+counts as cached for a while, until the group has reported it: from then on its reports alone count,
+also when they say that it was evicted.
+
+What was sent is bounded, and a guess; a wrong one costs a prefill, never correctness.
 """
 
 from __future__ import annotations
@@ -12,41 +16,62 @@ from collections.abc import Sequence
 from wire.ids import BlockHash
 
 MAX_BLOCKS_PER_GROUP = 65_536
+LATELY_S = 30.0
+"""A request that has waited in a group for longer than that is not counted on any more."""
 
 
 class PrefixAffinity:
-    """For each group, the hashes of the blocks sent there lately, least recent first."""
+    """For each group, the hashes of the blocks sent there lately, by when, the oldest first."""
 
-    def __init__(self, max_blocks_per_group: int = MAX_BLOCKS_PER_GROUP) -> None:
+    def __init__(
+        self, max_blocks_per_group: int = MAX_BLOCKS_PER_GROUP, *, lately_s: float = LATELY_S
+    ) -> None:
         self._max_blocks = max_blocks_per_group
-        self._blocks: dict[str, OrderedDict[BlockHash, None]] = {}
+        self._lately_s = lately_s
+        self._sent: dict[str, OrderedDict[BlockHash, float]] = {}
 
-    def num_cached_blocks(self, group: str, block_hashes: Sequence[BlockHash]) -> int:
-        """The length of the longest prefix, in blocks, that the group has seen."""
-        seen = self._blocks.get(group)
-        if not seen:
-            return 0
-        # The hashes are chained, so that those seen are a prefix: search for where it ends.
-        low, high = 0, len(block_hashes)
+    def num_cached_blocks(
+        self, group: str, chain: Sequence[BlockHash], num_reported: int, now_s: float
+    ) -> int:
+        """How many blocks of a prompt the group has, or will soon have, from the first one on.
+
+        It has reported the first `num_reported`.
+        """
+        sent = self._sent.get(group)
+        if not sent:
+            return num_reported
+        self._forget_old(sent, now_s)
+        for block_hash in reversed(chain[:num_reported]):
+            if sent.pop(block_hash, None) is None:
+                break  # nor any before it: they were reported together
+        # The hashes are chained, so that those sent go on from there: search for where they end.
+        low, high = num_reported, len(chain)
         while low < high:
             middle = (low + high + 1) // 2
-            if block_hashes[middle - 1] in seen:
+            if chain[middle - 1] in sent:
                 low = middle
             else:
                 high = middle - 1
         return low
 
-    def note(self, group: str, block_hashes: Sequence[BlockHash]) -> None:
-        """Remember that the group was sent these blocks."""
-        seen = self._blocks.setdefault(group, OrderedDict())
+    def note(self, group: str, chain: Sequence[BlockHash], num_reported: int, now_s: float) -> None:
+        """A request is sent to the group, which has reported the first blocks of its prompt."""
+        sent = self._sent.setdefault(group, OrderedDict())
         # Last block first, so that a prefix is always more recent than what follows it and the
-        # bound cuts chains from their ends.
-        for block_hash in reversed(block_hashes):
-            seen[block_hash] = None
-            seen.move_to_end(block_hash)
-        while len(seen) > self._max_blocks:
-            seen.popitem(last=False)
+        # bounds cut chains from their ends.
+        for block_hash in reversed(chain[num_reported:]):
+            sent[block_hash] = now_s
+            sent.move_to_end(block_hash)
+        while len(sent) > self._max_blocks:
+            sent.popitem(last=False)
 
     def forget(self, group: str) -> None:
         """Drop what is known of a group that is gone."""
-        self._blocks.pop(group, None)
+        self._sent.pop(group, None)
+
+    def _forget_old(self, sent: OrderedDict[BlockHash, float], now_s: float) -> None:
+        while sent:
+            block_hash, sent_s = next(iter(sent.items()))
+            if now_s - sent_s <= self._lately_s:
+                return
+            del sent[block_hash]

@@ -1,200 +1,175 @@
 from __future__ import annotations
 
-import random
-
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from cache.block_pool import BlockPool
-from cache.prefix_hash import PrefixHasher
-from wire.ids import BlockHash, token_ids
-
-BLOCK_SIZE = 2
-HASHER = PrefixHasher(model="m", cache_format="f", salt=b"", block_size=BLOCK_SIZE)
+from wire.ids import BlockHash
 
 
-def chain(*tokens: int) -> list[BlockHash]:
-    return HASHER.hash_blocks(token_ids(tokens))
+def name(number: int) -> BlockHash:
+    return BlockHash(number.to_bytes(16, "little"))
 
 
-def fill(pool: BlockPool, hashes: list[BlockHash]) -> list[int]:
-    """What a sequence does: reuse what is there, allocate the rest, compute and register it."""
-    table = pool.find_prefix(hashes)
-    pool.touch(table)
-    table += pool.allocate(len(hashes) - len(table)) or []
-    for i, block_hash in enumerate(hashes):
-        table[i] = pool.register(table[i], block_hash, table[i - 1] if i else None)
-    return table
+def pool_of(num_blocks: int, *, wanted: tuple[int, ...] = ()) -> tuple[BlockPool, list[BlockHash]]:
+    """A pool, and the contents that it evicts, as it evicts them."""
+    evicted: list[BlockHash] = []
+    wanted_names = {name(number) for number in wanted}
+    return BlockPool(
+        num_blocks, lambda _, block_hash: evicted.append(block_hash), wanted_names
+    ), evicted
+
+
+def fill(pool: BlockPool, *numbers: int) -> list[int]:
+    block_ids = pool.allocate(len(numbers)) or []
+    for block_id, number in zip(block_ids, numbers, strict=True):
+        pool.name(block_id, name(number))
+    return block_ids
 
 
 def test_all_blocks_can_be_allocated_and_not_one_more() -> None:
-    pool = BlockPool(3, BLOCK_SIZE)
+    pool, _ = pool_of(3)
     assert sorted(pool.allocate(3) or []) == [0, 1, 2]
     assert pool.allocate(1) is None
     assert pool.allocate(0) == []
 
 
 def test_too_large_an_allocation_changes_nothing() -> None:
-    pool = BlockPool(3, BLOCK_SIZE)
+    pool, evicted = pool_of(3)
+    pool.free(fill(pool, 1))
     assert pool.allocate(4) is None
     assert pool.num_free == 3
+    assert not evicted
 
 
 def test_freed_blocks_keep_their_contents_until_they_are_needed() -> None:
-    pool = BlockPool(4, BLOCK_SIZE)
-    table = fill(pool, chain(1, 2, 3, 4))
+    pool, evicted = pool_of(4)
+    table = fill(pool, 1, 2)
     pool.free(table)
     assert pool.num_free == 4
-    assert pool.find_prefix(chain(1, 2, 3, 4, 5, 6)) == table
-
-
-def test_empty_blocks_are_used_before_cached_ones() -> None:
-    pool = BlockPool(4, BLOCK_SIZE)
-    table = fill(pool, chain(1, 2))
-    unregistered = pool.allocate(1) or []
-    pool.free(table)
-    pool.free(unregistered)
-    assert not set(pool.allocate(3) or []) & set(table)
-    assert pool.find_prefix(chain(1, 2)) == table
+    assert pool.find_all([name(1), name(2), name(3)]) == table
+    pool.allocate(2)
+    assert not evicted, "empty blocks are used before cached ones"
+    pool.allocate(1)
+    assert evicted == [name(2)]
 
 
 def test_the_longest_unused_contents_are_evicted_first_and_tails_before_heads() -> None:
-    pool = BlockPool(4, BLOCK_SIZE)
-    old, new = chain(1, 1, 2, 2), chain(3, 3, 4, 4)
-    for hashes in (old, new):
-        pool.free(fill(pool, hashes))
-    evicted_down_to = []
-    for _ in range(4):
-        pool.allocate(1)
-        evicted_down_to.append((len(pool.find_prefix(old)), len(pool.find_prefix(new))))
-    assert evicted_down_to == [(1, 2), (0, 2), (0, 1), (0, 0)]
+    pool, evicted = pool_of(4)
+    for numbers in ((1, 2), (3, 4)):
+        pool.free(fill(pool, *numbers))
+    pool.allocate(4)
+    assert evicted == [name(2), name(1), name(4), name(3)]
 
 
-def test_a_second_copy_of_known_contents_gives_way_to_the_first() -> None:
-    pool = BlockPool(4, BLOCK_SIZE)
-    (block_hash,) = chain(1, 2)
-    first, second = pool.allocate(2) or []
-    assert pool.register(first, block_hash, None) == first
-    assert pool.register(second, block_hash, None) == first
-    assert pool.num_free == 3
-    pool.check_integrity([[first], [first]])
+def test_what_is_wanted_is_evicted_last() -> None:
+    pool, evicted = pool_of(4, wanted=(1, 2))
+    for numbers in ((1, 2), (3, 4)):
+        pool.free(fill(pool, *numbers))
+    pool.allocate(4)
+    assert evicted == [name(4), name(3), name(2), name(1)]
 
 
-def test_what_another_sequence_holds_is_not_evicted_when_one_lets_go() -> None:
-    pool = BlockPool(2, BLOCK_SIZE)
-    one = fill(pool, chain(1, 2))
-    other = fill(pool, chain(1, 2))
-    assert one == other
-    pool.free(one)
+def test_what_was_found_again_is_kept_for_as_many_allocations_longer_as_there_are_blocks() -> None:
+    pool, evicted = pool_of(3)
+    table = fill(pool, 1)
+    pool.prove(table)
+    pool.free(table)
+    for number in range(2, 8):
+        pool.free(fill(pool, number))
+    assert evicted == [name(2), name(3), name(4), name(1)]
+
+
+def test_a_block_is_free_when_its_last_holder_lets_go() -> None:
+    pool, _ = pool_of(2)
+    table = fill(pool, 1)
+    pool.touch(table)
+    pool.free(table)
+    assert pool.is_held(table[0])
     assert pool.allocate(2) is None
-    pool.free(other)
+    pool.free(table)
     assert pool.allocate(2) is not None
 
 
-def test_what_is_forgotten_is_found_by_nobody_with_all_that_continues_it() -> None:
-    pool = BlockPool(8, BLOCK_SIZE)
-    bad = fill(pool, chain(1, 1, 2, 2, 3, 3))
-    other = fill(pool, chain(1, 1, 4, 4))
-    unrelated = fill(pool, chain(5, 5))
-    pool.forget(bad[1:])
-    assert pool.find_prefix(chain(1, 1, 2, 2)) == bad[:1]
-    assert pool.find_prefix(chain(1, 1, 4, 4)) == other
-    pool.forget(bad)
-    assert pool.find_prefix(chain(1, 1, 4, 4)) == []
-    assert pool.find_prefix(chain(5, 5)) == unrelated
-    pool.check_integrity([bad, other, unrelated])
-    for table in (bad, other, unrelated):
-        pool.free(table)
-    pool.check_integrity([])
+def test_a_block_without_a_name_is_found_by_nobody_and_reused_first() -> None:
+    pool, evicted = pool_of(2)
+    table = fill(pool, 1, 2)
+    pool.unname(table[0])
+    assert pool.find(name(1)) is None
+    pool.free(table)
+    assert pool.allocate(1) == [table[0]]
+    pool.free([table[0]])
+    pool.unname(table[1])
+    pool.allocate(2)
+    assert not evicted
 
 
-def test_behind_a_forgotten_block_nothing_is_registered() -> None:
-    pool = BlockPool(4, BLOCK_SIZE)
-    first, second = chain(1, 1, 2, 2)
-    table = pool.allocate(2) or []
-    pool.register(table[0], first, None)
-    pool.forget(table[:1])
-    assert pool.register(table[1], second, table[0]) == table[1]
-    assert pool.find_prefix([first, second]) == []
-    pool.check_integrity([table])
+class Blocks(RuleBasedStateMachine):
+    """Blocks are held, named, shared, let go and wanted in any order."""
 
-
-class Sequences(RuleBasedStateMachine):
-    """Sequences over a two-letter alphabet, so that prefixes are shared often, in a tiny pool."""
-
-    tables: Bundle[tuple[list[int], list[int]]] = Bundle("tables")
+    NUM_BLOCKS = 6
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = BlockPool(10, BLOCK_SIZE)
-        self.held: list[list[int]] = []
-        self.contents: dict[int, tuple[int, ...]] = {}  # block -> the tokens up to its end
+        self.wanted: set[BlockHash] = set()
+        self.cached: dict[BlockHash, int] = {}
+        self.pool = BlockPool(self.NUM_BLOCKS, self.evict, self.wanted)
+        self.holds: list[int] = []
 
-    @rule(target=tables, blocks=st.lists(st.integers(0, 1), min_size=1, max_size=5))
-    def admit(self, blocks: list[int]) -> tuple[list[int], list[int]]:
-        """Take what is cached of a prompt of `blocks`, and room for the rest."""
-        tokens = [token for block in blocks for token in (block, block)]
-        table = self.pool.find_prefix(HASHER.hash_blocks(token_ids(tokens)))
-        for i, block_id in enumerate(table):
-            assert self.contents[block_id] == tuple(tokens[: (i + 1) * BLOCK_SIZE])
-        free_before = self.pool.num_free
-        num_taken = self.pool.num_free_among(table)
-        self.pool.touch(table)
-        assert self.pool.num_free == free_before - num_taken
-        new = self.pool.allocate(len(blocks) - len(table))
-        if new is None:
-            self.pool.free(table)
-            return [], []
-        for block_id in new:
-            assert not any(block_id in held for held in self.held), "blocks do not overlap"
-            self.contents.pop(block_id, None)
-        table += new
-        self.held.append(table)
-        return tokens, table
+    def evict(self, block_id: int, block_hash: BlockHash) -> None:
+        assert block_id not in self.holds, "blocks do not overlap"
+        assert self.cached.pop(block_hash) == block_id
+        is_wanted = block_hash in self.wanted
+        others = [h for h, b in self.cached.items() if b not in self.holds and h not in self.wanted]
+        assert not (is_wanted and set(others) - self.in_hand), "what is not wanted goes first"
 
-    @rule(sequence=tables, share=st.floats(0, 1))
-    def compute(self, sequence: tuple[list[int], list[int]], share: float) -> None:
-        """Fill and register the first blocks of a sequence."""
-        tokens, table = sequence
-        hashes = HASHER.hash_blocks(token_ids(tokens))
-        for i in range(round(share * len(hashes))):
-            block_id = self.pool.register(table[i], hashes[i], table[i - 1] if i else None)
-            table[i] = block_id
-            self.contents[block_id] = tuple(tokens[: (i + 1) * BLOCK_SIZE])
+    @rule(count=st.integers(0, 3))
+    def allocate(self, count: int) -> None:
+        free = {h for h, b in self.cached.items() if b not in self.holds}
+        self.in_hand = set(list(self.pool.eviction_order())[:count]) & free
+        block_ids = self.pool.allocate(count)
+        assert (block_ids is None) == (self.NUM_BLOCKS - len(set(self.holds)) < count)
+        self.holds += block_ids or []
 
-    @rule(sequence=tables)
-    def forget(self, sequence: tuple[list[int], list[int]]) -> None:
-        """Let nobody find what a sequence has, which it may go on to hold."""
-        self.pool.forget(sequence[1])
+    @precondition(lambda self: self.holds)
+    @rule(data=st.data(), number=st.integers(0, 9))
+    def give_name(self, data: st.DataObject, number: int) -> None:
+        block_id = data.draw(st.sampled_from(self.holds))
+        if self.pool.name_of(block_id) is None and self.pool.find(name(number)) is None:
+            self.pool.name(block_id, name(number))
+            self.cached[name(number)] = block_id
 
-    @rule(sequence=consumes(tables))
-    def finish(self, sequence: tuple[list[int], list[int]]) -> None:
-        table = sequence[1]
-        self.held = [held for held in self.held if held is not table]
-        self.pool.free(table)
+    @precondition(lambda self: self.holds)
+    @rule(data=st.data())
+    def let_go(self, data: st.DataObject) -> None:
+        block_id = data.draw(st.sampled_from(self.holds))
+        self.holds.remove(block_id)
+        self.pool.free((block_id,))
+
+    @precondition(lambda self: self.cached)
+    @rule(data=st.data(), how=st.sampled_from(["touch", "unname", "want", "unwant"]))
+    def change(self, data: st.DataObject, how: str) -> None:
+        block_hash = data.draw(st.sampled_from(sorted(self.cached)))
+        block_id = self.cached[block_hash]
+        assert self.pool.find(block_hash) == block_id
+        if how == "touch":
+            self.pool.touch((block_id,))
+            self.holds.append(block_id)
+        elif how == "unname":
+            self.pool.unname(block_id)
+            del self.cached[block_hash]
+        else:
+            (self.wanted.add if how == "want" else self.wanted.discard)(block_hash)
+            self.pool.sort((block_id,))
 
     @invariant()
     def nothing_leaks_or_overlaps(self) -> None:
-        self.pool.check_integrity(self.held)
-        assert self.pool.num_held + self.pool.num_free == self.pool.num_blocks
+        self.pool.check_integrity()
+        assert self.pool.num_held == len(set(self.holds))
+        assert self.pool.num_held + self.pool.num_free == self.NUM_BLOCKS
+        assert self.pool.names() == self.cached.keys()
 
 
-TestSequences = Sequences.TestCase
-TestSequences.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
-
-
-def test_a_long_random_run_ends_with_every_block_free() -> None:
-    pool, choose = BlockPool(32, BLOCK_SIZE), random.Random(1)
-    held: list[list[int]] = []
-    for _ in range(2000):
-        tokens = [choose.randrange(3) for _ in range(choose.randrange(2, 24))]
-        hashes = HASHER.hash_blocks(token_ids(tokens))
-        if pool.num_free >= len(hashes):
-            held.append(fill(pool, hashes))
-        while held and choose.random() < 0.5:
-            pool.free(held.pop(choose.randrange(len(held))))
-    for table in held:
-        pool.free(table)
-    pool.check_integrity([])
-    assert pool.num_free == 32
+TestBlocks = Blocks.TestCase
+TestBlocks.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from gpu_worker.engine.sequence import Sequence
-from support.scheduler_fakes import BLOCK_SIZE, eager_host, scheduler, sequence, step
+from support.scheduler_fakes import BLOCK_SIZE, scheduler, sequence, step
 
 
 def test_a_prompt_is_cut_to_the_budget_and_the_rest_follows() -> None:
@@ -83,6 +83,20 @@ def test_a_preempted_sequence_finds_what_is_left_of_its_blocks() -> None:
     assert step(one) == {"young": 1}
 
 
+def test_what_waiting_sequences_will_use_is_evicted_last() -> None:
+    one = scheduler(num_blocks=6, max_num_seqs=1)
+    for name, first_token in (("a", 0), ("b", 50)):
+        one.add(sequence(name, 8, first_token=first_token))
+        step(one)
+        one.remove(one.running[0])
+    one.add(sequence("other", 12, first_token=100))
+    one.add(sequence("again", 8))
+    assert step(one) == {"other": 12}
+    one.remove(one.running[0])
+    assert step(one) == {"again": 4}, "the contents that were used longer ago are still there"
+    one.remove(one.running[0])
+
+
 class RandomTraffic(RuleBasedStateMachine):
     """Sequences come, run, end and are aborted in any order, in a pool often too small for them.
 
@@ -93,8 +107,7 @@ class RandomTraffic(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.host = eager_host(num_slots=5)
-        self.scheduler = scheduler(num_blocks=12, max_num_seqs=4, budget=10, host=self.host)
+        self.scheduler = scheduler(num_blocks=12, max_num_seqs=4, budget=10, num_slots=5)
         self.alive: list[Sequence] = []
 
     @rule(num_tokens=st.integers(1, 30), stem=st.integers(0, 1))
@@ -114,17 +127,15 @@ class RandomTraffic(RuleBasedStateMachine):
             assert 0 < num_tokens <= seq.num_uncomputed
             assert seq.num_computed + num_tokens <= room
         assert self.scheduler.running[0] in schedule, "the oldest that runs always gets on"
-        if not self.scheduler.copies_in:  # what comes back from host memory waits for nobody
-            blocks = [
-                block_hash
-                for seq in schedule
-                for block_hash in seq.block_hashes[
-                    seq.num_computed // BLOCK_SIZE : (seq.num_tokens - 1) // BLOCK_SIZE
-                ]
+        blocks = [
+            block_hash
+            for seq in schedule
+            for block_hash in seq.block_hashes[
+                seq.num_computed // BLOCK_SIZE : (seq.num_tokens - 1) // BLOCK_SIZE
             ]
-            assert len(set(blocks)) == len(blocks), "no block is computed twice"
-        self.scheduler.copies_out.clear()
-        self.scheduler.copies_in.clear()
+        ]
+        assert len(set(blocks)) == len(blocks), "no block is computed twice"
+        self.scheduler.cache.take_copies()
         self.scheduler.complete(schedule)
         for seq in schedule:
             if seq.num_uncomputed == 0:
@@ -151,7 +162,7 @@ class RandomTraffic(RuleBasedStateMachine):
 
     @invariant()
     def nothing_leaks(self) -> None:
-        self.scheduler.pool.check_integrity(seq.block_table for seq in self.alive)
+        self.scheduler.cache.check_integrity(seq.block_table for seq in self.alive)
         running, waiting = self.scheduler.running, self.scheduler.waiting
         for queue in (running, waiting):
             assert queue == sorted(queue, key=lambda seq: seq.index)
@@ -160,8 +171,7 @@ class RandomTraffic(RuleBasedStateMachine):
         assert len(set(rows)) == len(rows) <= 4
         assert all(row in range(4) for row in rows)
         assert all(seq.row is None for seq in waiting)
-        num_saved = sum(len(seq.saved.slots) for seq in self.alive if seq.saved is not None)
-        assert num_saved + self.host.num_free == self.host.num_slots
+        assert self.scheduler.cache.host.num_held == 0, "slots are held within a step only"
 
     def teardown(self) -> None:
         """Whatever has happened, all that are left get to their end: nobody waits forever."""

@@ -34,7 +34,7 @@ def test_the_environment_can_switch_the_kernels_off(monkeypatch: pytest.MonkeyPa
     with capture_logs() as logs:
         assert library.isa() is None
     assert logs[0]["event"] == "cpu_kernels_off"
-    assert choose_precision("auto", "none", CPU, head_dim=64).dtype == torch.float32
+    assert choose_precision("auto", "none", "auto", CPU, head_dim=64).dtype == torch.float32
 
 
 def test_the_environment_bounds_what_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +43,7 @@ def test_the_environment_bounds_what_is_used(monkeypatch: pytest.MonkeyPatch) ->
     library.load.cache_clear()
     monkeypatch.setenv("FOREBAY_CPU_ISA", "avx512")
     assert library.isa() == "avx512"
-    assert choose_precision("auto", "none", CPU, head_dim=64).dtype == torch.float16
+    assert choose_precision("auto", "none", "auto", CPU, head_dim=64).dtype == torch.float16
 
 
 def test_an_unknown_bound_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

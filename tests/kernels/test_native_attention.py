@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cache.page_formats import BFLOAT16, PAGE_FORMATS, PageFormat
 from gpu_worker.attention.native import NativeAttention
 from gpu_worker.attention.reference import ReferenceAttention
 from gpu_worker.kernels import library
 from support.attention_steps import AttentionCase, make_case
+from support.random_pages import write_blocks, write_slots
 
 pytestmark = pytest.mark.skipif(library.isa() is None, reason="no compiled kernels here")
 
@@ -69,21 +71,21 @@ def assert_equals_reference(case: AttentionCase) -> None:
     torch.testing.assert_close(native(case), reference(case), rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("form", PAGE_FORMATS.values(), ids=PAGE_FORMATS)
 @pytest.mark.parametrize("kv_head_of_query", [EVEN, UNEVEN, ONE_FOR_MANY, ONE_EACH])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.usefixtures("instructions")
 def test_equals_the_reference_for_each_number_format_and_map_of_heads(
-    dtype: torch.dtype, kv_head_of_query: tuple[int, ...], head_dim: int
+    form: PageFormat, kv_head_of_query: tuple[int, ...], head_dim: int
 ) -> None:
     assert_equals_reference(
-        make_case(MIXED, kv_head_of_query=kv_head_of_query, head_dim=head_dim, dtype=dtype)
+        make_case(MIXED, kv_head_of_query=kv_head_of_query, head_dim=head_dim, form=form)
     )
 
 
 @pytest.mark.parametrize("head_dim", [2, 8, 16, 48, 80, 112, 192, 256])
 def test_equals_the_reference_for_any_even_head_dim(head_dim: int) -> None:
-    assert_equals_reference(make_case(MIXED[:4], head_dim=head_dim, dtype=torch.bfloat16))
+    assert_equals_reference(make_case(MIXED[:4], head_dim=head_dim, form=BFLOAT16))
 
 
 @pytest.mark.parametrize("block_size", [1, 8, 16, 32, 48])
@@ -93,7 +95,7 @@ def test_equals_the_reference_for_any_block_size(
     block_size: int, sequences: tuple[tuple[int, int], ...]
 ) -> None:
     assert_equals_reference(
-        make_case(sequences, block_size=block_size, num_shared=480, dtype=torch.bfloat16)
+        make_case(sequences, block_size=block_size, num_shared=480, form=BFLOAT16)
     )
 
 
@@ -151,26 +153,28 @@ def test_rows_of_the_query_may_stand_apart() -> None:
     torch.testing.assert_close(found, reference(case), rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("form", PAGE_FORMATS.values(), ids=PAGE_FORMATS)
 @pytest.mark.usefixtures("instructions")
-def test_a_sequence_does_not_see_slots_beyond_its_context(dtype: torch.dtype) -> None:
-    case = make_case([(1, 4), (1, 29), (2, 4), (30, 5)], dtype=dtype)
+def test_a_sequence_does_not_see_slots_beyond_its_context(form: PageFormat) -> None:
+    case = make_case([(1, 4), (1, 29), (2, 4), (30, 5)], form=form)
     before = native(case)
     for seq, context_len in enumerate(case.plan.context_lens.tolist()):
-        case.pages.data[case.blocks_of(seq)[-1], :, :, :, context_len % 16 :] = torch.nan
+        last = int(case.blocks_of(seq)[-1])
+        beyond = torch.arange(last * 16 + context_len % 16, (last + 1) * 16)
+        write_slots(case.pages, beyond, torch.nan)
     torch.testing.assert_close(native(case), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("victim", [0, 2, 4])  # a decode, one without a prefix, a prefill
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("form", PAGE_FORMATS.values(), ids=PAGE_FORMATS)
 @pytest.mark.usefixtures("instructions")
-def test_a_sequence_whose_numbers_went_bad_spoils_no_other(victim: int, dtype: torch.dtype) -> None:
+def test_a_sequence_whose_numbers_went_bad_spoils_no_other(victim: int, form: PageFormat) -> None:
     sequences = [(1, 330), (1, 304), (1, 29), (3, 310), (40, 304), (1, 400)]
-    case = make_case(sequences, num_shared=288, dtype=dtype)
+    case = make_case(sequences, num_shared=288, form=form)
     before = native(case)
     # Only what it shares with no other; the third one shares a block, for it is short.
     own = case.blocks_of(victim)[1 if victim == 2 else 288 // 16 :]
-    case.pages.data[own] = torch.nan
+    write_blocks(case.pages, own, torch.nan)
     after = native(case)
     spoilt = case.rows_of(victim)
     assert after[spoilt].isnan().all()
@@ -187,5 +191,5 @@ def test_one_key_may_get_nearly_all_the_weight() -> None:
 
 
 def test_each_step_gives_the_same_bits_again() -> None:
-    case = make_case(SHARED, num_shared=480, dtype=torch.bfloat16)
+    case = make_case(SHARED, num_shared=480, form=BFLOAT16)
     torch.testing.assert_close(native(case), native(case), rtol=0, atol=0)

@@ -7,11 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cache.page_formats import BFLOAT16, FLOAT16, FLOAT32, FP8, INT8, PageFormat
 from cache.pages import KVPages, PageShape
 from gpu_worker.attention.cpu import CpuAttention
 from gpu_worker.attention.interface import HeadMap
 from gpu_worker.attention.reference import ReferenceAttention
 from gpu_worker.step_plan import StepPlan
+from support.random_pages import fill_pages, write_blocks, write_slots
 
 CPU = torch.device("cpu")
 HEAD_DIM = 8
@@ -26,7 +28,12 @@ HEAD_MAPS = (
 
 
 def make_step(
-    sequences: list[tuple[int, int]], block_size: int, seed: int
+    sequences: list[tuple[int, int]],
+    block_size: int,
+    seed: int,
+    *,
+    num_kv_heads: int = 3,
+    form: PageFormat = FLOAT32,
 ) -> tuple[StepPlan, KVPages, int]:
     """A step over `sequences` of (new tokens, tokens before them), in scattered blocks."""
     generator = torch.Generator().manual_seed(seed)
@@ -46,24 +53,20 @@ def make_step(
         block_tables=torch.tensor(tables, dtype=torch.int32),
         logits_rows=torch.zeros(0, dtype=torch.int32),
     )
-    pages = KVPages(PageShape(1, 3, HEAD_DIM, block_size, torch.float32), num_blocks, CPU)
-    pages.data.normal_(generator=generator)
+    pages = KVPages(PageShape(1, num_kv_heads, HEAD_DIM, block_size, form), num_blocks, CPU)
+    fill_pages(pages, generator)
     return plan, pages, len(positions)
 
 
 def assert_same(
     sequences: list[tuple[int, int]], kv_head_of_query: tuple[int, ...], block_size: int, seed: int
 ) -> None:
-    plan, pages, num_tokens = make_step(sequences, block_size, seed)
     num_kv_heads = kv_head_of_query[-1] + 1
-    narrow = KVPages(
-        PageShape(1, num_kv_heads, HEAD_DIM, block_size, torch.float32), pages.num_blocks, CPU
-    )
-    narrow.data.copy_(pages.data[:, :, :, :num_kv_heads])
+    plan, pages, num_tokens = make_step(sequences, block_size, seed, num_kv_heads=num_kv_heads)
     heads = HeadMap.build(kv_head_of_query, CPU)
     query = torch.randn(num_tokens, len(kv_head_of_query), HEAD_DIM)
-    expected = ReferenceAttention(plan, narrow)(query, narrow.layer(0), heads, 0.3)
-    found = CpuAttention(plan, narrow)(query, narrow.layer(0), heads, 0.3)
+    expected = ReferenceAttention(plan, pages)(query, pages.layer(0), heads, 0.3)
+    found = CpuAttention(plan, pages)(query, pages.layer(0), heads, 0.3)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -99,7 +102,8 @@ def test_a_sequence_does_not_see_slots_beyond_its_context() -> None:
     before = CpuAttention(plan, pages)(query, pages.layer(0), heads, 1.0)
     for row, context_len in enumerate(plan.context_lens.tolist()):
         last_block = int(plan.block_tables[row, (context_len - 1) // 16])
-        pages.data[last_block, :, :, :, context_len % 16 :] = 1e4
+        beyond = torch.arange(last_block * 16 + context_len % 16, (last_block + 1) * 16)
+        write_slots(pages, beyond, 1e4)
     after = CpuAttention(plan, pages)(query, pages.layer(0), heads, 1.0)
     torch.testing.assert_close(after, before, rtol=0, atol=0)
 
@@ -118,7 +122,8 @@ def test_a_sequence_whose_numbers_went_bad_spoils_no_other(victim: int) -> None:
     heads = HeadMap.build((0, 0, 0, 1, 1, 1, 2, 2, 2), CPU)
     query = torch.randn(num_tokens, 9, HEAD_DIM)
     before = CpuAttention(plan, pages)(query, pages.layer(0), heads, 1.0)
-    pages.data[plan.block_tables[victim, : num_blocks_of[victim]].long()] = torch.nan
+    own = plan.block_tables[victim, : num_blocks_of[victim]]
+    write_blocks(pages, own.long(), torch.nan)
     after = CpuAttention(plan, pages)(query, pages.layer(0), heads, 1.0)
     starts = plan.query_starts.tolist()
     others = [r for r in range(num_tokens) if not starts[victim] <= r < starts[victim + 1]]
@@ -126,11 +131,11 @@ def test_a_sequence_whose_numbers_went_bad_spoils_no_other(victim: int) -> None:
     assert after[starts[victim]].isnan().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_stays_near_the_reference(dtype: torch.dtype) -> None:
-    plan, wide, num_tokens = make_step([(1, 100), (1, 3), (7, 30), (5, 0)], 16, 2)
-    pages = KVPages(PageShape(1, 3, HEAD_DIM, 16, dtype), wide.num_blocks, CPU)
-    pages.data.copy_(wide.data)
+@pytest.mark.parametrize("form", [FLOAT16, BFLOAT16, FP8, INT8], ids=lambda form: form.name)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_narrow_numbers_stay_near_the_reference(form: PageFormat, dtype: torch.dtype) -> None:
+    sequences = [(1, 100), (1, 3), (7, 30), (5, 0)]
+    plan, pages, num_tokens = make_step(sequences, 16, 2, form=form)
     heads = HeadMap.build((0, 0, 1, 2), CPU)
     query = torch.randn(num_tokens, 4, HEAD_DIM).to(dtype)
     expected = ReferenceAttention(plan, pages)(query, pages.layer(0), heads, 0.3)

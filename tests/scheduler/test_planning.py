@@ -11,10 +11,18 @@ from hypothesis import strategies as st
 from scheduler.policy.bisecting import is_suspect, plan_suspects
 from scheduler.policy.fleet_view import FleetView
 from scheduler.policy.pending import PendingRequests, ReadyRequest
-from scheduler.policy.planning import BatchLimits, PlannedBatch, Planner
+from scheduler.policy.planning import (
+    MIN_FETCHED_BLOCKS,
+    BatchLimits,
+    CachedPrefixes,
+    PlannedBatch,
+    Planner,
+)
 from scheduler.policy.prefix_affinity import PrefixAffinity
 from support.ready_requests import BLOCK_SIZE, fleet, group, ready
-from wire.ids import BlockHash
+from wire.ids import BlockHash, GroupId
+from wire.messages import PrefixSource
+from wire.scripts import CachedPrefix
 
 LIMITS = BatchLimits(max_tokens=1000, max_requests=8, max_wait_s=0.0)
 
@@ -185,21 +193,163 @@ def chain(*names: str) -> list[BlockHash]:
 
 def test_affinity_finds_the_longest_common_prefix() -> None:
     affinity = PrefixAffinity()
-    affinity.note("g", chain("a", "ab", "abc"))
-    assert affinity.num_cached_blocks("g", chain("a", "ab", "abx", "abxy")) == 2
-    assert affinity.num_cached_blocks("g", chain("x")) == 0
-    assert affinity.num_cached_blocks("g", []) == 0
-    assert affinity.num_cached_blocks("h", chain("a")) == 0
+    affinity.note("g", chain("a", "ab", "abc"), 0, 0.0)
+    assert affinity.num_cached_blocks("g", chain("a", "ab", "abx", "abxy"), 0, 0.0) == 2
+    assert affinity.num_cached_blocks("g", chain("x"), 0, 0.0) == 0
+    assert affinity.num_cached_blocks("g", [], 0, 0.0) == 0
+    assert affinity.num_cached_blocks("h", chain("a"), 0, 0.0) == 0
+    assert affinity.num_cached_blocks("h", chain("a"), 1, 0.0) == 1, "reported is reported"
 
 
 def test_affinity_is_bounded_and_forgets_the_ends_of_old_chains_first() -> None:
     affinity = PrefixAffinity(max_blocks_per_group=4)
-    affinity.note("g", chain("a", "ab", "abc"))
-    affinity.note("g", chain("x", "xy"))
-    assert affinity.num_cached_blocks("g", chain("a", "ab", "abc")) == 2
-    assert affinity.num_cached_blocks("g", chain("x", "xy")) == 2
-    affinity.note("g", chain(*(str(i) for i in range(10))))
-    assert affinity.num_cached_blocks("g", chain(*(str(i) for i in range(10)))) == 4
+    affinity.note("g", chain("a", "ab", "abc"), 0, 0.0)
+    affinity.note("g", chain("x", "xy"), 0, 0.0)
+    assert affinity.num_cached_blocks("g", chain("a", "ab", "abc"), 0, 0.0) == 2
+    assert affinity.num_cached_blocks("g", chain("x", "xy"), 0, 0.0) == 2
+    affinity.note("g", chain(*(str(i) for i in range(10))), 0, 0.0)
+    assert affinity.num_cached_blocks("g", chain(*(str(i) for i in range(10))), 0, 0.0) == 4
+
+
+def test_what_was_sent_counts_for_a_while() -> None:
+    affinity = PrefixAffinity(lately_s=30.0)
+    affinity.note("g", chain("a", "ab"), 0, 0.0)
+    affinity.note("g", chain("a", "ax"), 0, 20.0)
+    assert affinity.num_cached_blocks("g", chain("a", "ab"), 0, 30.0) == 2
+    assert affinity.num_cached_blocks("g", chain("a", "ab"), 0, 31.0) == 1
+    assert affinity.num_cached_blocks("g", chain("a", "ax"), 0, 51.0) == 0
+
+
+def test_once_reported_the_reports_alone_count() -> None:
+    affinity = PrefixAffinity()
+    affinity.note("g", chain("a", "ab", "abc"), 0, 0.0)
+    assert affinity.num_cached_blocks("g", chain("a", "ab", "abc"), 2, 0.0) == 3
+    assert affinity.num_cached_blocks("g", chain("a", "ab", "abc"), 3, 0.0) == 3
+    assert affinity.num_cached_blocks("g", chain("a", "ab", "abc"), 1, 0.0) == 1, "evicted"
+    affinity.note("g", chain("a", "ab", "abc"), 1, 0.0)
+    assert affinity.num_cached_blocks("g", chain("a", "ab", "abc"), 1, 0.0) == 3, "sent again"
+
+
+# Routes by what the directory says
+
+
+PROMPT = list(range(8000))
+ROOMY = BatchLimits(100_000, 50, 0.0)
+
+
+def known(request: ReadyRequest, **num_blocks: int | tuple[int, int]) -> CachedPrefixes:
+    """What groups have of a prompt: on the device, or on the device and in all."""
+    pairs = {
+        f"{name}:1": found if isinstance(found, tuple) else (found, found)
+        for name, found in num_blocks.items()
+    }
+    return {request.request_id: {key: CachedPrefix(*pair) for key, pair in pairs.items()}}
+
+
+def route(
+    request: ReadyRequest, view: FleetView, cached: CachedPrefixes, planner: Planner | None = None
+) -> PlannedBatch:
+    pending = PendingRequests()
+    pending.add(request)
+    [batch] = (planner or Planner(ROOMY, BLOCK_SIZE)).plan(pending, view, 100.0, cached)
+    return batch
+
+
+def test_a_request_goes_where_the_directory_has_most_of_it() -> None:
+    request = ready(PROMPT)
+    view = fleet(group("g"), group("h"), group("i"))
+    assert route(request, view, known(request, g=100, i=700)).group.group_id == "i"
+    view = fleet(group("g"), group("h"), group("i", num_owned=5))
+    assert route(request, view, known(request, g=100, i=110)).group.group_id == "g", "i is busy"
+
+
+def test_a_prefix_on_the_device_is_worth_more_than_one_in_host_memory() -> None:
+    request = ready(PROMPT)
+    view = fleet(group("g"), group("h"), group("i"))
+    cached = known(request, g=(0, 500), h=(500, 500), i=(100, 500))
+    assert route(request, view, cached).group.group_id == "h"
+    assert route(request, view, known(request, g=(0, 500), h=50)).group.group_id == "g"
+
+
+def test_what_was_just_sent_counts_before_it_is_reported() -> None:
+    view, planner = fleet(group("g"), group("h")), Planner(ROOMY, BLOCK_SIZE)
+    first = route(ready(PROMPT), view, {}, planner)
+    request = ready(PROMPT)
+    assert route(request, view, known(request, g=3, h=3), planner).group is first.group
+
+
+def test_the_directory_s_word_that_it_is_gone_counts_more_than_that_it_was_sent() -> None:
+    view, planner = fleet(group("g"), group("h")), Planner(ROOMY, BLOCK_SIZE)
+    request = ready(PROMPT)
+    first = route(request, view, {}, planner).group
+    reported = {first.group_id: 2000}
+    planned([], view, planner=planner)
+    request = ready(PROMPT)
+    assert route(request, view, known(request, **reported), planner).group is first
+    request = ready(PROMPT)
+    assert route(request, view, {}, planner).group is not first, "it was evicted there"
+
+
+def test_a_request_is_told_where_more_of_its_prompt_is_cached() -> None:
+    request = ready(PROMPT)
+    view = fleet(
+        group("g", num_owned=8, transfer_address="tcp://g"),
+        group("h"),
+        group("i", num_owned=8),
+    )
+    cached = known(request, g=900, h=100, i=1000)
+    batch = route(request, view, cached)
+    assert batch.group.group_id == "h"
+    assert batch.sources == {request.request_id: PrefixSource(GroupId("g"), 1, 900, "tcp://g")}
+
+
+def test_a_few_blocks_more_are_not_worth_fetching() -> None:
+    view = fleet(group("g", num_owned=8, transfer_address="tcp://g"), group("h"))
+    request = ready(PROMPT)
+    enough = known(request, g=100 + MIN_FETCHED_BLOCKS, h=100)
+    assert route(request, view, enough).sources
+    view.groups["h:1"].num_owned = 0
+    request = ready(PROMPT)
+    few = known(request, g=100 + MIN_FETCHED_BLOCKS - 1, h=100)
+    assert not route(request, view, few).sources
+
+
+def test_what_is_on_its_way_to_the_group_is_not_fetched_twice() -> None:
+    view = fleet(group("g", num_owned=8, transfer_address="tcp://g"), group("h"))
+    requests = [ready(PROMPT), ready(PROMPT)]
+    pending = PendingRequests()
+    pending.give_back(requests)
+    cached = {**known(requests[0], g=2000), **known(requests[1], g=2000)}
+    [batch] = Planner(ROOMY, BLOCK_SIZE).plan(pending, view, 100.0, cached)
+    assert len(batch.requests) == 2
+    assert list(batch.sources) == [requests[0].request_id]
+
+
+def test_of_two_sources_the_longer_then_the_less_busy_one_is_named() -> None:
+    request = ready(PROMPT)
+    view = fleet(
+        group("g", credits=4, num_owned=4, transfer_address="tcp://g"),
+        group("h", credits=3, num_owned=3, transfer_address="tcp://h"),
+        group("i", credits=2, num_owned=2, transfer_address="tcp://i"),
+        group("j", num_owned=1),
+    )
+    sources = route(request, view, known(request, g=900, h=900, i=800)).sources
+    assert sources[request.request_id].group_id == "h"
+
+
+def test_only_what_is_about_to_go_is_asked_for() -> None:
+    planner = Planner(BatchLimits(1000, 8, max_wait_s=0.5), BLOCK_SIZE)
+    requests = [ready(at_s=float(i)) for i in range(30)]
+    pending = PendingRequests()
+    pending.give_back(reversed(requests))
+    two = fleet(group("g", credits=5), group("h", credits=4))
+    assert planner.next_up(pending, two, 100.0) == requests[:9]
+    assert len(pending) == 30
+    assert planner.next_up(pending, fleet(group("g")), 100.0) == [], "there is no choice"
+    assert planner.next_up(PendingRequests(), two, 100.0) == []
+    young = PendingRequests()
+    young.add(ready(at_s=99.9))
+    assert planner.next_up(young, two, 100.0) == [], "it waits for company"
 
 
 # Suspects

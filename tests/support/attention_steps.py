@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cache.page_formats import FLOAT32, PageFormat
 from cache.pages import KVPages, PageShape
 from gpu_worker.attention.interface import HeadMap
 from gpu_worker.step_plan import StepPlan
+from support.random_pages import fill_pages
 
 CPU = torch.device("cpu")
 
@@ -47,7 +49,7 @@ def make_case(
     kv_head_of_query: tuple[int, ...] = (0, 0, 0, 1, 1, 1, 2, 2, 2),
     head_dim: int = 64,
     block_size: int = 16,
-    dtype: torch.dtype = torch.float32,
+    form: PageFormat = FLOAT32,
     num_shared: int = 0,
     seed: int = 0,
 ) -> AttentionCase:
@@ -67,9 +69,9 @@ def make_case(
         table[:num_same] = longest[:num_same]
     widest = max(num_blocks_of)
     positions = [p for new, before in sequences for p in range(before, before + new)]
-    shape = PageShape(2, kv_head_of_query[-1] + 1, head_dim, block_size, dtype)
+    shape = PageShape(2, kv_head_of_query[-1] + 1, head_dim, block_size, form)
     pages = KVPages(shape, num_blocks, CPU)
-    pages.data.normal_(generator=generator)
+    fill_pages(pages, generator)
     return AttentionCase(
         plan=StepPlan(
             token_ids=torch.zeros(len(positions), dtype=torch.int32),

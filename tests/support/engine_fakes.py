@@ -64,6 +64,8 @@ class HashingRunner:
         self.num_steps += 1
         self.num_computed_tokens += plan.num_tokens
         self._prepare(plan)
+        if not plan.num_tokens:
+            return torch.empty((0, 0))
         self._check_disjoint(plan)
         self._slots[plan.slot_mapping.numpy()] = plan.token_ids.numpy()
         last_rows = plan.query_starts[1:] - 1
@@ -82,7 +84,6 @@ class HashingRunner:
         blocks[plan.wiped_blocks.numpy()] = NO_TOKEN
         for block_id, slot in plan.copies_in.tolist():
             blocks[block_id] = self._host[slot]
-            self._host[slot] = NO_TOKEN
 
     def _context(self, plan: StepPlan, i: int) -> npt.NDArray[np.int32]:
         positions = np.arange(int(plan.context_lens[i]))
@@ -121,6 +122,7 @@ def rank_options(
         model_name="model",
         dtype="float32",
         quantization="none",
+        kv_cache_dtype="auto",
         cpu_isa="auto",
         block_size=block_size,
         kv_cache_bytes=None,
@@ -147,7 +149,7 @@ def hashing_engine(
     options: RankOptions | None = None,
     num_host_blocks: int = 0,
 ) -> tuple[Engine, HashingRunner]:
-    """An engine over a `HashingRunner`; copying a block to host memory is said to cost nothing."""
+    """An engine over a `HashingRunner`."""
     options = options or rank_options()
     runner = HashingRunner(
         num_blocks=num_blocks, block_size=options.block_size, num_host_blocks=num_host_blocks

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator
-from typing import cast
+from dataclasses import replace
+from typing import Any, cast
 
 from redis.asyncio import Redis
 
@@ -107,10 +108,13 @@ class QueueDriver:
         timeout_ms: int = LONG_MS,
         model: str = "m",
         card: ModelCard | None = None,
+        **status: Any,
     ) -> int:
         data = b"no card" if card is None else encode(card)
         epoch = await self.scripts.register(GroupId(group), model=model, card=data)
-        assert await self.beat(group, epoch, first=True, timeout_ms=timeout_ms, model=model)
+        assert await self.beat(
+            group, epoch, first=True, timeout_ms=timeout_ms, model=model, **status
+        )
         return epoch
 
     async def beat(
@@ -121,16 +125,17 @@ class QueueDriver:
         first: bool = False,
         timeout_ms: int = LONG_MS,
         model: str = "m",
+        **status: Any,
     ) -> int | None:
         epoch = await self.epoch(group) if epoch is None else epoch
-        status = GroupStatus(GroupId(group), epoch, model, 1, 8, "healthy")
+        whole = replace(GroupStatus(GroupId(group), epoch, model, 1, 8, "healthy"), **status)
         return await self.scripts.heartbeat(
-            status.group_id,
+            whole.group_id,
             epoch,
             timeout_ms=timeout_ms,
             first=first,
             model=model,
-            status=encode(status),
+            status=encode(whole),
         )
 
     async def kill(self, group: str = "g", epoch: int | None = None) -> None:

@@ -14,7 +14,8 @@ from wire.records import Journaled
 from wire.scripts import Queued
 
 BLOCK_SIZE = 4
-_HASHER = PrefixHasher(model="m", cache_format="f", salt=b"", block_size=BLOCK_SIZE)
+CACHE_FORMAT = "f"
+_HASHER = PrefixHasher(model="m", cache_format=CACHE_FORMAT, salt=b"", block_size=BLOCK_SIZE)
 _NUMBERS = count()
 
 
@@ -34,7 +35,7 @@ def ready(
         Request(request_id, Prompt(token_ids=ids), priority=priority),
         "m",
         ids,
-        tuple(_HASHER.hash_blocks(ids)),
+        {CACHE_FORMAT: tuple(_HASHER.hash_blocks(ids))},
         Journaled(token_ids([9] * num_journaled)),
         submitted_s=at_s,
         ready_s=at_s,
@@ -49,9 +50,19 @@ def group(
     num_owned: int = 0,
     model: str = "m",
     draining: bool = False,
+    transfer_address: str | None = None,
 ) -> GroupView:
-    state = GroupStatus(GroupId(name), 1, model, 1, credits, "draining" if draining else "healthy")
-    return GroupView(state, num_owned)
+    status = GroupStatus(
+        GroupId(name),
+        1,
+        model,
+        1,
+        credits,
+        "draining" if draining else "healthy",
+        cache_format=CACHE_FORMAT,
+        transfer_address=transfer_address,
+    )
+    return GroupView(status, num_owned)
 
 
 def fleet(*groups: GroupView) -> FleetView:

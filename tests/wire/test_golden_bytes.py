@@ -20,6 +20,7 @@ from wire.messages import (
     ErrorInfo,
     GroupStatus,
     ModelCard,
+    PrefixSource,
     Prompt,
     Request,
     Result,
@@ -98,9 +99,9 @@ VERSION_1: list[tuple[object, str]] = [
     ),
     (
         Assignment(RequestId("r-1"), 1, token_ids([10, 11]), SamplingParams(), False),
-        "9b01a3722d3101c4080a0000000b0000009ec000cb3ff0000000000000cb3ff000000000"
+        "9c01a3722d3101c4080a0000000b0000009ec000cb3ff0000000000000cb3ff000000000"
         "0000c0cb0000000000000000c09090c2cb0000000000000000cb0000000000000000cb3f"
-        "f0000000000000c0c2c400c0c400a0c0",
+        "f0000000000000c0c2c400c0c400a0c0c0",
     ),
     (
         Assignment(
@@ -114,11 +115,17 @@ VERSION_1: list[tuple[object, str]] = [
             generated=token_ids([12, 13]),
             generated_text="ab",
             generated_logprobs=(TokenLogprob(12, "a", -0.25), TokenLogprob(13, "b", -0.5)),
+            prefix_source=PrefixSource(GroupId("h"), 2, 64, "tcp://127.0.0.1:7000"),
         ),
-        "9b01a3722d3203c4040a0000009ec000cb3ff0000000000000cb3ff0000000000000c0cb"
+        "9c01a3722d3203c4040a0000009ec000cb3ff0000000000000cb3ff0000000000000c0cb"
         "0000000000000000019090c2cb0000000000000000cb0000000000000000cb3ff0000000"
         "000000c0c3c40473616c74cf0000018bcfe56800c4080c0000000d000000a2616292940c"
-        "a161cbbfd000000000000090940da162cbbfe000000000000090",
+        "a161cbbfd000000000000090940da162cbbfe00000000000009094a1680240b47463703a"
+        "2f2f3132372e302e302e313a37303030",
+    ),
+    (
+        PrefixSource(GroupId("h"), 2, 64, "tcp://127.0.0.1:7000"),
+        "9501a1680240b47463703a2f2f3132372e302e302e313a37303030",
     ),
     (
         Chunk(fence=2, offset=16, token_ids=token_ids([7]), text="x", text_offset=30),
@@ -183,8 +190,11 @@ VERSION_1: list[tuple[object, str]] = [
             num_running=3,
             num_waiting=1,
             kv_cache_usage=0.5,
+            cache_format="f",
+            transfer_address="tcp://127.0.0.1:7000",
         ),
-        "9a01a16702a16d02cc80a76865616c7468790301cb3fe0000000000000",
+        "9c01a16702a16d02cc80a76865616c7468790301cb3fe0000000000000a166b47463703a"
+        "2f2f3132372e302e302e313a37303030",
     ),
 ]
 

@@ -15,7 +15,9 @@ from scheduler.service import open_scheduler
 from service.settings import SchedulerSettings
 from support.queue_driver import NAMESPACE, end, open_queue, tokens
 from wire.errors import ConfigError, InvalidRequest, RequestCancelled
+from wire.ids import GroupId
 from wire.keys import MAX_NAME_CHARS, Keys, check_name, check_request_id
+from wire.scripts import DirectoryUpdate
 
 
 @pytest.mark.parametrize("name", ["a", "A-z_0.9", "x" * MAX_NAME_CHARS, "..", "-"])
@@ -80,6 +82,8 @@ async def test_the_table_has_every_key_and_every_field_that_is_written(redis_url
         await look()
         await queue.retry(max_errors=1)
         await queue.assign("a", "b", "c")
+        update = DirectoryUpdate(1, device=bytes(16), host=bytes(range(16)))
+        assert await queue.scripts.directory_update(GroupId("g"), await queue.epoch(), update) == 1
         await queue.cancel("b")
         await queue.commit(tokens("a", 1, 0, 5))
         await look()

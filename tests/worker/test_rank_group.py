@@ -22,6 +22,7 @@ OPTIONS = RankOptions(
     model_path="stub:",
     model_name="m",
     quantization="none",
+    kv_cache_dtype="auto",
     cpu_isa="auto",
     dtype="auto",
     block_size=16,

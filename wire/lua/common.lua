@@ -8,6 +8,7 @@ local DISPATCHERS = 'schedulers'
 local PRIORITIES = {'interactive', 'standard', 'batch'}
 local MAX_DEAD_LETTERS = 10000
 local DECLARED_DEAD = 0 -- in place of the time at which a group's lease ends
+local CACHE_TTL_MS = 60 * 1000
 
 local function request_key(id) return PREFIX .. ':request:' .. id end
 local function journal_key(id) return PREFIX .. ':journal:' .. id end
@@ -20,6 +21,7 @@ local function groups_key() return PREFIX .. ':groups' end
 local function group_key(group, epoch, what)
   return PREFIX .. ':group:' .. group .. ':' .. epoch .. ':' .. what
 end
+local function epoch_key(group) return PREFIX .. ':epoch:' .. group end
 
 local function now_ms()
   local time = redis.call('TIME')
@@ -75,6 +77,20 @@ end
 local function is_alive(group, epoch)
   local lease = redis.call('ZSCORE', groups_key(), group .. ':' .. epoch)
   return lease and tonumber(lease) > now_ms()
+end
+
+-- What the directory knows of a group's cache goes at once, however much it is: the server frees the
+-- memory of what is unlinked in a thread of its own.
+local function forget_cache(group, epoch)
+  redis.call('UNLINK', group_key(group, epoch, 'cache'), group_key(group, epoch, 'cache:device'),
+    group_key(group, epoch, 'cache:host'))
+end
+
+-- Its entries live as long as somebody says that the group does.
+local function renew_cache(group, epoch)
+  for _, what in ipairs({'cache', 'cache:device', 'cache:host'}) do
+    redis.call('PEXPIRE', group_key(group, epoch, what), CACHE_TTL_MS)
+  end
 end
 
 -- The one way to a terminal state: the result is stored once, the results stream is told, the

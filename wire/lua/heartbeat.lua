@@ -14,5 +14,6 @@ redis.call('ZADD', groups_key(), now + tonumber(timeout_ms), member)
 redis.call('SET', group_key(group, epoch, 'status'), status, 'PX', LIVE_TTL_MS)
 redis.call('PEXPIRE', groups_key(), LIVE_TTL_MS)
 redis.call('PEXPIRE', PREFIX .. ':model:' .. model, LIVE_TTL_MS)
-redis.call('PEXPIRE', PREFIX .. ':epoch:' .. group, LIVE_TTL_MS)
+redis.call('PEXPIRE', epoch_key(group), LIVE_TTL_MS)
+renew_cache(group, epoch)
 return now

@@ -2,7 +2,7 @@
 -- ARGV: group, epoch, how, max_crashes, limit, result (for those that fail)
 -- `how`: 'leaving' (an orderly leave, which counts for nothing), 'crashed' (the group says so of
 -- itself), 'lapsed' (a scheduler says so; heeded only if the lease is over). From here on the group
--- is dead: its heartbeats and commits are refused.
+-- is dead: its heartbeats and commits are refused, and the directory knows nothing of its cache.
 -- One whose cancellation was on its way to the group ends here. A crash counts against each
 -- request, but which of them caused it is known only where it was alone: only then may it fail.
 -- Returns how many requests were taken from it in this call (call again while it is `limit`),
@@ -16,6 +16,7 @@ if how == 'lapsed' and is_alive(group, epoch) then
 end
 -- It stays in sight until all is taken from it, or its requests could be forgotten halfway.
 redis.call('ZADD', groups_key(), 'XX', DECLARED_DEAD, group .. ':' .. epoch)
+forget_cache(group, epoch)
 
 -- How many it held when it died: the later calls find fewer.
 local held = group_key(group, epoch, 'held')

@@ -56,6 +56,8 @@ struct Attention {
   int64_t query_stride;
   const void* keys;
   const void* values;
+  const uint16_t* key_scales;  // bfloat16; null where pages have none
+  const uint16_t* value_scales;
 };
 
 // Scores are kept in units of ln 2: weights are powers of two. No real score is as low as this.

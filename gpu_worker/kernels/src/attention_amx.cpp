@@ -1,4 +1,4 @@
-// Paged attention of many rows on AMX tiles, where pages hold 16-bit numbers: products and softmax.
+// Paged attention of many rows on AMX tiles, where pages hold narrow numbers: products and softmax.
 //
 // Tiles multiply bfloat16 and sum in float32, and what they multiply comes in one term or two
 // (attention_packing_amx.h). Products of two low terms are left out: they are below 2^-16.
@@ -16,6 +16,7 @@
 #include "attention_reader.h"
 #include "attention_rows.h"
 #include "cpu.h"
+#include "elements_avx512.h"
 #include "tiles_in_use_amx.h"
 #include "vector_math_avx512.h"
 
@@ -56,19 +57,24 @@ void score_chunk(const KeyTile (&keys)[2], int64_t block, int64_t chunk, const M
 
 // Turns the scores of a tile's rows for `num_keys` keys, a multiple of 32, into packed weights.
 // `visible`: how many of the keys each row sees. Returns the factors of the rows' former sums.
-__m512 soften_tile(const Memory& memory, int64_t row_tile, int64_t num_keys, __m512i visible) {
+template <class Element>
+__m512 soften_tile(const TileReader<Element>& reader, const Memory& memory, int64_t row_tile,
+                   int64_t num_keys, __m512i visible) {
   float* scores = memory.scores + row_tile % 2 * 16;
   const bool all_visible =
       _mm512_cmplt_epi32_mask(visible, _mm512_set1_epi32(static_cast<int>(num_keys))) == 0;
   __m512 most[2] = {_mm512_set1_ps(kNoScore), _mm512_set1_ps(kNoScore)};
   for (int64_t k = 0; k < num_keys; ++k) {
     __m512 found = _mm512_load_ps(scores + k * kBlockRowsAmx);
+    if constexpr (Element::kScaled) {
+      found = _mm512_mul_ps(found, _mm512_set1_ps(reader.key_scales()[k]));
+    }
     if (!all_visible) {
       const __m512i key = _mm512_set1_epi32(static_cast<int>(k));
       const __mmask16 seen = _mm512_cmpgt_epi32_mask(visible, key);
       found = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), seen, found);
-      _mm512_store_ps(scores + k * kBlockRowsAmx, found);
     }
+    if (Element::kScaled || !all_visible) _mm512_store_ps(scores + k * kBlockRowsAmx, found);
     most[k % 2] = _mm512_max_ps(found, most[k % 2]);
   }
   const __m512 before = _mm512_load_ps(memory.greatest + 16 * row_tile);
@@ -78,10 +84,13 @@ __m512 soften_tile(const Memory& memory, int64_t row_tile, int64_t num_keys, __m
   __m512 total = _mm512_mul_ps(_mm512_load_ps(memory.totals + 16 * row_tile), factors);
   for (int64_t k = 0; k < num_keys; k += 2) {
     const float* pair = scores + k * kBlockRowsAmx;
-    const __m512 first = exp2_of_negative(_mm512_sub_ps(_mm512_load_ps(pair), now));
-    const __m512 second =
-        exp2_of_negative(_mm512_sub_ps(_mm512_load_ps(pair + kBlockRowsAmx), now));
+    __m512 first = exp2_of_negative(_mm512_sub_ps(_mm512_load_ps(pair), now));
+    __m512 second = exp2_of_negative(_mm512_sub_ps(_mm512_load_ps(pair + kBlockRowsAmx), now));
     total = _mm512_add_ps(total, _mm512_add_ps(first, second));
+    if constexpr (Element::kScaled) {
+      first = _mm512_mul_ps(first, _mm512_set1_ps(reader.value_scales()[k]));
+      second = _mm512_mul_ps(second, _mm512_set1_ps(reader.value_scales()[k + 1]));
+    }
     const Terms first_terms = split(first), second_terms = split(second);
     const int64_t chunk = k / kChunkKeys, at = k % kChunkKeys * 16;
     _mm512_store_si512(memory.weight_tile(0, chunk, row_tile % 2) + at,
@@ -170,8 +179,9 @@ void attend_tile(const TileReader<Element>& reader, const Tile& tile, int64_t nu
     for (int64_t chunk = 0; chunk < needed; ++chunk) {
       score_chunk<kTerms>(keys[chunk], block, chunk, memory);
     }
-    const __m512 low_factors = soften_tile(memory, 2 * block, needed * kChunkKeys, low);
-    const __m512 high_factors = soften_tile(memory, 2 * block + 1, needed * kChunkKeys, high);
+    const int64_t width = needed * kChunkKeys;
+    const __m512 low_factors = soften_tile(reader, memory, 2 * block, width, low);
+    const __m512 high_factors = soften_tile(reader, memory, 2 * block + 1, width, high);
     scale_sums(memory, block, low_factors, high_factors);
     add_values<kTerms>(block, needed, memory);
   }
@@ -208,10 +218,12 @@ bool is_for_amx(const Attention& call, const ItemRows& rows) {
 
 void attend_amx(const Attention& call, const Task& task, const Task& following,
                 const ItemRows& rows, const Tile& tile) {
-  if (call.pages.type == kBfloat16Page) {
-    attend<Bfloat16Element, 1>(call, task, following, rows.count, tile);
-  } else {
-    attend<Float16Element, 2>(call, task, following, rows.count, tile);
+  switch (call.pages.type) {
+    case kFloat32Page: return;
+    case kFloat16Page: return attend<Float16Element, 2>(call, task, following, rows.count, tile);
+    case kBfloat16Page: return attend<Bfloat16Element, 1>(call, task, following, rows.count, tile);
+    case kFp8Page: return attend<Fp8Element, 1>(call, task, following, rows.count, tile);
+    case kInt8Page: return attend<Int8Element, 1>(call, task, following, rows.count, tile);
   }
 }
 

@@ -5,6 +5,7 @@
 #include "attention_many_avx512.h"
 #include "attention_reader.h"
 #include "attention_rows.h"
+#include "elements_avx512.h"
 #include "threads.h"
 #include "vector_math_avx512.h"
 
@@ -66,5 +67,7 @@ extern "C" void fb_attend(const fb::Attention* call) {
     case fb::kFloat32Page: return fb::attend_all<fb::Float32Element>(*call);
     case fb::kFloat16Page: return fb::attend_all<fb::Float16Element>(*call);
     case fb::kBfloat16Page: return fb::attend_all<fb::Bfloat16Element>(*call);
+    case fb::kFp8Page: return fb::attend_all<fb::Fp8Element>(*call);
+    case fb::kInt8Page: return fb::attend_all<fb::Int8Element>(*call);
   }
 }

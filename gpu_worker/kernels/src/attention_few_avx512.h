@@ -73,9 +73,24 @@ void score_few(const TileReader<Element>& reader, int64_t head_dim, int64_t num_
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      _mm512_store_ps(
-          tile.scores + r * tile.num_keys + first,
-          add_lanes(quarters[r][0], quarters[r][1], quarters[r][2], quarters[r][3]));
+      __m512 scores = add_lanes(quarters[r][0], quarters[r][1], quarters[r][2], quarters[r][3]);
+      if constexpr (Element::kScaled) {
+        scores = _mm512_mul_ps(scores, _mm512_load_ps(reader.key_scales() + first));
+      }
+      _mm512_store_ps(tile.scores + r * tile.num_keys + first, scores);
+    }
+  }
+}
+
+// Multiplies the rows' weights by the values' scales.
+template <class Element>
+void scale_weights(const TileReader<Element>& reader, int64_t num_rows, int64_t num_vectors,
+                   const Tile& tile) {
+  for (int64_t v = 0; v < num_vectors; ++v) {
+    const __m512 scales = _mm512_load_ps(reader.value_scales() + 16 * v);
+    for (int64_t r = 0; r < num_rows; ++r) {
+      float* weights = tile.scores + r * tile.num_keys + 16 * v;
+      _mm512_store_ps(weights, _mm512_mul_ps(_mm512_load_ps(weights), scales));
     }
   }
 }
@@ -126,6 +141,7 @@ void attend_rows(const TileReader<Element>& reader, int64_t head_dim, int64_t fi
   score_few<Element, kRows>(reader, head_dim, most, tile.query + first_row * tile.width, tile);
   alignas(64) float factors[16];
   soften(tile, first_row, kRows, visible, (most + 15) / 16, factors);
+  if constexpr (Element::kScaled) scale_weights(reader, kRows, (most + 15) / 16, tile);
   float* sums = tile.sums + first_row * tile.width;
   for (int64_t d = 0; d < head_dim; d += 64) {
     const int64_t left = head_dim - d;

@@ -74,6 +74,9 @@ void read_keys(const TileReader<Element>& reader, int64_t head_dim, const Tile& 
 #pragma GCC unroll 16
       for (int r = 0; r < 16; ++r) {
         rows[r] = Element::load(mask, reader.key(first + r) + d);
+        if constexpr (Element::kScaled) {
+          rows[r] = _mm512_mul_ps(rows[r], _mm512_set1_ps(reader.key_scales()[first + r]));
+        }
         reader.fetch_key(first + r, d);
       }
       transpose(rows);
@@ -91,7 +94,11 @@ void read_values(const TileReader<Element>& reader, int64_t head_dim, int64_t nu
   for (int64_t i = 0; i < num_keys; ++i) {
     for (int64_t d = 0; d < head_dim; d += 16) {
       const __mmask16 mask = first_lanes(head_dim - d);
-      _mm512_store_ps(tile.values + i * tile.width + d, Element::load(mask, reader.value(i) + d));
+      __m512 values = Element::load(mask, reader.value(i) + d);
+      if constexpr (Element::kScaled) {
+        values = _mm512_mul_ps(values, _mm512_set1_ps(reader.value_scales()[i]));
+      }
+      _mm512_store_ps(tile.values + i * tile.width + d, values);
       reader.fetch_value(i, d);
     }
   }

@@ -1,17 +1,20 @@
 // Attention on tiles: what is multiplied, packed as the tile registers read it, and sums unpacked.
 //
 // Queries and weights are split into two bfloat16 terms, which keeps 16 bits of them; keys and
-// values are one term (bfloat16 pages) or two, which is exact (float16 pages). Keys are read from
-// the pages as they lie, where they can be.
+// values are one term or two (float16 pages), which is exact. Keys are read from the pages as they
+// lie, where they can be. Scales of keys and values are left to the scores and weights.
 
 #pragma once
 
 #include <immintrin.h>
 
+#include <cstring>
+
 #include "attention.h"
 #include "attention_reader.h"
 #include "attention_rows.h"
 #include "attention_transpose_avx512.h"
+#include "elements_avx512.h"
 #include "threads.h"
 #include "vector_math_avx512.h"
 
@@ -175,6 +178,21 @@ KeyTile key_tile(const TileReader<Float16Element>& reader, int64_t first, const 
     }
   }
   return {{memory.key_row(0, first), memory.key_row(kLowTerm, first)}, memory.head_dim * 2};
+}
+
+// 8-bit pages: bfloat16 holds their elements as they are.
+template <class Element>
+KeyTile key_tile(const TileReader<Element>& reader, int64_t first, const Memory& memory) {
+  static_assert(Element::kScaled);
+  for (int64_t k = first; k < first + 16; ++k) {
+    for (int64_t d = 0; d < memory.head_dim; d += 32) {
+      const __m512 low = Element::load(reader.key(k) + d);
+      const __m512 high = Element::load(reader.key(k) + d + 16);
+      const __m512bh elements = _mm512_cvtne2ps_pbh(high, low);
+      memcpy(memory.key_row(0, k) + d, &elements, sizeof elements);
+    }
+  }
+  return {{memory.key_row(0, first), nullptr}, memory.head_dim * 2};
 }
 
 // 16 values of one key; zeros beyond the last key, whose weights are zeros.

@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "elements_avx512.h"
 #include "linear.h"
 #include "vector_math_avx512.h"
 

@@ -1,4 +1,4 @@
-// Elementary functions and number formats on vectors of 16 floats.
+// Elementary functions on vectors of 16 floats.
 
 #pragma once
 
@@ -8,57 +8,6 @@
 
 namespace fb {
 namespace {  // files with other instruction sets have copies of their own
-
-// How elements of the KV-cache's pages are read and written. Writing rounds to the nearest, ties to
-// even; a NaN stays one.
-struct Float32Element {
-  using Stored = float;
-  static __m512 load(const Stored* p) { return _mm512_loadu_ps(p); }
-  static __m512 load(__mmask16 mask, const Stored* p) { return _mm512_maskz_loadu_ps(mask, p); }
-  static void store(Stored* p, __mmask16 mask, __m512 values) {
-    _mm512_mask_storeu_ps(p, mask, values);
-  }
-};
-
-struct Float16Element {
-  using Stored = uint16_t;
-  static __m512 load(const Stored* p) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  }
-  static __m512 load(__mmask16 mask, const Stored* p) {
-    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, p));
-  }
-  static void store(Stored* p, __mmask16 mask, __m512 values) {
-    _mm256_mask_storeu_epi16(p, mask, _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT));
-  }
-};
-
-inline __m256i to_bfloat16(__m512 values) {
-  const __m512i bits = _mm512_castps_si512(values);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
-  __m512i rounded = _mm512_add_epi32(bits, half);
-  // Rounding would carry a NaN's low bits into its exponent and sign.
-  const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
-  rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
-}
-
-struct Bfloat16Element {
-  using Stored = uint16_t;
-  static __m512 widen(__m256i narrow) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
-  }
-  static __m512 load(const Stored* p) {
-    return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  }
-  static __m512 load(__mmask16 mask, const Stored* p) {
-    return widen(_mm256_maskz_loadu_epi16(mask, p));
-  }
-  static void store(Stored* p, __mmask16 mask, __m512 values) {
-    _mm256_mask_storeu_epi16(p, mask, to_bfloat16(values));
-  }
-};
 
 // The lanes below `count`.
 inline __mmask16 first_lanes(int64_t count) {
