@@ -1,4 +1,4 @@
-"""Host memory for blocks whose sequences do not run, and the copies between it and the pages.
+"""Host memory for blocks that the pages have no room for, and the copies between the two.
 
 Slots of host memory are laid out like blocks of the pages, so a block goes there and back as the
 one piece of memory that it is. On a GPU the memory is pinned, and copies run in the order of the
@@ -8,14 +8,10 @@ memory, committed as it is used.
 
 from __future__ import annotations
 
-import time
-
 import torch
 from torch import Tensor
 
 from cache.pages import KVPages, zeros
-
-_NUM_TIMED_COPIES = 8
 
 
 class HostPages:
@@ -40,20 +36,3 @@ class HostPages:
         """Copy blocks back; `copies`: (n, 2) int32, a block and its slot each."""
         for block_id, slot in copies.tolist():
             self._pages[block_id].copy_(self._slots[slot], non_blocking=True)
-
-    def measure_copy_s(self) -> float:
-        """The time that one block takes; to be called while the pages hold nothing of use."""
-        if not self.num_slots:
-            return 0.0
-        num_copies = min(_NUM_TIMED_COPIES, self.num_slots, len(self._pages))
-        copies = torch.arange(num_copies, dtype=torch.int32).repeat(2, 1).T
-        self._copy_and_wait(copies)  # commits the memory
-        started_s = time.perf_counter()
-        self._copy_and_wait(copies)
-        return (time.perf_counter() - started_s) / (2 * num_copies)
-
-    def _copy_and_wait(self, copies: Tensor) -> None:
-        self.copy_out(copies)
-        self.copy_in(copies)
-        if self._pages.device.type == "cuda":
-            torch.cuda.synchronize(self._pages.device)

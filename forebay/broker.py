@@ -178,5 +178,7 @@ def server_arguments(binary: BrokerBinary, directory: Path) -> list[str]:
         "appendfsync": "everysec",
         "save": "",
         "maxmemory-policy": "noeviction",
+        # What a group had cached may be a set of a million names.
+        "lazyfree-lazy-expire": "yes",
     }
     return [str(binary.path), *(part for name in options for part in (f"--{name}", options[name]))]

@@ -29,13 +29,13 @@ class RankOptions:
     `model_name` salts the prefix hashes. `dtype` is a torch dtype's name, or "auto"; `quantization`
     is of the weights, `kv_cache_dtype` of the KV-cache. `cpu_isa` bounds what CPU kernels use, and
     reaches the ranks through their environment. The KV-cache has `num_blocks` blocks, else as many
-    as `kv_cache_bytes` (per rank) hold, else what the rank finds fit; preempted requests' blocks
-    have `host_cache_bytes` (per rank) of host memory, or what the rank finds fit. `max_model_len`
-    None takes the model's own. `max_num_batched_tokens` bounds one step's tokens over all
-    sequences; None takes what suits the device. `num_threads` None shares the cores among the
-    ranks. `collective_timeout_s` bounds each exchange between ranks. Every `progress_interval_s`
-    rank 0 reports the progress of a long step. `stub_step_s` is how long one of the stub engine
-    takes.
+    as `kv_cache_bytes` (per rank) hold, else what the rank finds fit; blocks that it has no room
+    for have `host_cache_bytes` (per rank) of host memory, or what the rank finds fit.
+    `max_model_len` None takes the model's own. `max_num_batched_tokens` bounds one step's tokens
+    over all sequences; None takes what suits the device. `num_threads` None shares the cores among
+    the ranks. `collective_timeout_s` bounds each exchange between ranks. Every
+    `progress_interval_s` rank 0 reports the progress of a long step. `stub_step_s` is how long one
+    of the stub engine takes.
     """
 
     model_path: str

@@ -218,8 +218,8 @@ class WorkerSettings(FleetSettings):
     )
     host_cache_bytes: Annotated[ByteSize, Field(ge=0)] | None = Field(
         default=None,
-        description="Host memory per rank for the KV-cache of preempted requests; if not given, up "
-        "to 4 GiB for a GPU, and none on the CPU, where the KV-cache itself makes more of it.",
+        description="Host memory per rank for blocks that the KV-cache has no room for; if not "
+        "given, up to 4 GiB for a GPU, and none on the CPU, where the KV-cache makes more of it.",
         json_schema_extra={"metavar": "SIZE"},
     )
     heartbeat_ms: Annotated[int, Field(ge=10)] = Field(
